@@ -1,0 +1,476 @@
+"""Feeds sessions from the journal, in journal order. The journal is the queue: what a session cannot
+take now stays there, and only its seq (8 bytes) is remembered here.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ParamSpec, TypeVar
+
+import trio
+
+from .errors import JournalUnavailable
+from .kernel import Family, MailboxClosed, MailboxFull
+from .kernel.family import FamilyChild
+from .messages import Completion, Item
+from .ports import Journal
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_PAGE = 512  # seqs in one read of the journal
+_BUFFERED = 64  # flushes of this process kept while the tail is read
+_WINDOW = 20_000  # unfinished span beyond which old seqs are set apart as stragglers
+
+
+@dataclass(slots=True)
+class _Conversation:
+    """What this process knows of one session that has undelivered messages."""
+
+    held: deque[Item] = field(default_factory=deque)  # given to the live child, oldest first
+    backlog: deque[int] = field(default_factory=deque)  # only in the journal, oldest first
+    uncommitted: int = 0  # finished by the child, not yet committed
+    waits_for: str | None = None  # the service it stands in line for
+    queued: bool = False  # in the ready line or being paged in
+
+
+@dataclass(frozen=True, slots=True)
+class DispatcherStatistics:
+    """What is undelivered and where: with live sessions, in the backlog, and behind full services."""
+
+    undelivered: int
+    held: int
+    backlog: int
+    live_sessions: int
+    waiting_for: dict[str, int]
+    newest: int
+    low_water: int
+    crashes: int
+
+
+class Dispatcher:
+    """Owned by one task tree; all methods that are not async return at once.
+
+    `hold` (K) bounds what one session holds, `max_live` how many sessions are live, `max_backlog` how
+    many seqs are remembered: beyond it the tail of the journal is not read on until half is worked off.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        *,
+        make: Callable[[str], FamilyChild[Item]],
+        hold: int,
+        max_live: int,
+        max_backlog: int,
+        idle: float,
+        sweep_every: float,
+        on_crash: Callable[[str, Exception], None],
+        on_replay_lost: Callable[[Item], None],
+        retry_after: float = 0.5,
+    ) -> None:
+        self._journal = journal
+        self._hold = hold
+        self._max_live = max_live
+        self._max_backlog = max_backlog
+        self._sweep_every = sweep_every
+        self._on_crash = on_crash
+        self._on_replay_lost = on_replay_lost
+        self._retry_after = retry_after
+        self._family: Family[str, Item] = Family(make, capacity=hold, idle=idle, on_end=self._ended)
+        self._conversations: dict[str, _Conversation] = {}
+        self._ready: deque[str] = deque()
+        self._line: dict[str, deque[str]] = {}  # service -> sessions that stand in line for it
+        self._called: dict[str, str] = {}  # session -> the service that called it out of the line
+        self._open: set[int] = set()  # every undelivered seq that was seen
+        self._order: deque[int] = deque()  # the same, oldest first, with finished ones still in between
+        self._stragglers: set[int] = set()
+        self._new_stragglers: list[int] = []
+        self._attempted: set[int] = set()  # an attempt may have been made before
+        self._crashed: list[str] = []  # sessions whose backlog waits a moment after a crash
+        self._waiters: list[tuple[str, int | None, trio.Event]] = []
+        self._backlog_size = 0
+        self._newest = 0
+        self._recovered = 0
+        self._behind: list[tuple[int, int, list[Item]]] = []  # flushes committed while the tail is read
+        self._live = False
+        self._closing = False
+        self._crashes = 0
+        self._wake_pager = trio.Event()
+        self._wake_tail = trio.Event()
+
+    # What the rest of the tree calls
+
+    def feed(self, first: int, last: int, items: list[Item]) -> None:
+        """A flush of this process was committed. In order it goes straight to the sessions."""
+        if not self._live or self._closing:
+            return
+        if first == self._newest + 1 and self._backlog_size < self._max_backlog:
+            self._take_in(last, items)
+        else:
+            if len(self._behind) < _BUFFERED:
+                self._behind.append((first, last, items))
+            self._wake_tail.set()
+
+    def look(self) -> None:
+        """Something may have been journaled by another process."""
+        self._wake_tail.set()
+
+    def replay(self, item: Item) -> bool:
+        """Give a claimed dead letter to its session; False when that session has no room now."""
+        if not self._live or self._closing:
+            return False
+        conversation = self._conversations.setdefault(item.session_key, _Conversation())
+        given = (
+            not conversation.backlog
+            and conversation.waits_for is None
+            and self._give(item.session_key, conversation, item)
+        )
+        self._forget_if_done(item.session_key, conversation)
+        return given
+
+    def must_wait(self, key: str, service: str) -> bool:
+        return bool(self._line.get(service)) and self._called.get(key) != service
+
+    def park(self, key: str, service: str) -> None:
+        conversation = self._conversations[key]
+        self._give_back(conversation)
+        called = self._called.pop(key, None)
+        if conversation.backlog:
+            conversation.waits_for = service
+            self._line.setdefault(service, deque()).append(key)
+        if called is not None and called != service:
+            self.room(called)
+        self._forget_if_done(key, conversation)
+
+    def room(self, service: str) -> None:
+        """That service can take a delivery: the first session in its line may try."""
+        line = self._line.get(service)
+        if not line:
+            return
+        key = line.popleft()
+        if not line:
+            del self._line[service]
+        conversation = self._conversations[key]
+        conversation.waits_for = None
+        self._called[key] = service
+        self._enqueue(key, conversation)
+
+    def finished(self, key: str, item: Item) -> None:
+        conversation = self._conversations[key]
+        conversation.held.popleft()
+        conversation.uncommitted += 1
+        self._uncall(key)
+        if conversation.backlog and len(conversation.held) * 2 <= self._hold:
+            self._enqueue(key, conversation)
+
+    def committed(self, completions: Iterable[Completion], stragglers: Sequence[int]) -> None:
+        """These are durable now, outcomes and straggler rows alike."""
+        del self._new_stragglers[: len(stragglers)]
+        for completion in completions:
+            item = completion.item
+            if item.dead_letter is None:
+                self._open.discard(item.seq)
+                self._stragglers.discard(item.seq)
+                self._attempted.discard(item.seq)
+            conversation = self._conversations.get(item.session_key)
+            if conversation is not None:
+                conversation.uncommitted -= 1
+                self._forget_if_done(item.session_key, conversation)
+        if self._waiters:
+            waiters, self._waiters = self._waiters, []
+            for waiter in waiters:
+                if self._is_drained(waiter[0], waiter[1]):
+                    waiter[2].set()
+                else:
+                    self._waiters.append(waiter)
+
+    async def until_committed(self, key: str) -> None:
+        """Return when nothing that this session finished is uncommitted."""
+        await self._until_drained(key, None)
+
+    async def drained(self, key: str, before: int) -> None:
+        await self._until_drained(key, before)
+
+    def marks(self) -> tuple[int, list[int]]:
+        """The low-water mark, below which all is finished or a straggler, and stragglers that have no
+        row yet. They are offered again until `committed` says that they have one."""
+        order, still_open = self._order, self._open
+        while order and (order[0] not in still_open or self._newest - order[0] > _WINDOW):
+            seq = order.popleft()
+            if seq in still_open and seq not in self._stragglers:
+                self._set_apart(seq)
+        return (order[0] if order else self._newest + 1), list(self._new_stragglers)
+
+    def statistics(self) -> DispatcherStatistics:
+        return DispatcherStatistics(
+            undelivered=len(self._open),
+            held=sum(len(c.held) for c in self._conversations.values()),
+            backlog=self._backlog_size,
+            live_sessions=len(self._family),
+            waiting_for={service: len(line) for service, line in self._line.items()},
+            newest=self._newest,
+            low_water=self._order[0] if self._order else self._newest + 1,
+            crashes=self._crashes,
+        )
+
+    # The tasks
+
+    async def run(self) -> None:
+        """Recover what is undelivered, then follow the journal, until `close` and every session ended."""
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._family.run)
+            await self._recover()
+            for task in (self._page_in, self._follow_tail, self._sweep, self._calm_down):
+                nursery.start_soon(task)
+            await self._family.ended.wait()
+            nursery.cancel_scope.cancel()
+
+    def close(self) -> None:
+        """Sessions finish what they hold; the rest stays in the journal."""
+        self._closing = True
+        self._family.close()
+
+    async def _recover(self) -> None:
+        backlog = await self._patiently(self._journal.undelivered)
+        self._newest = self._recovered = backlog.newest
+        for seq, key in backlog.items:
+            self._enter(seq, key, None)
+        self._live = True
+        self._wake_tail.set()
+
+    async def _follow_tail(self) -> None:
+        while True:
+            await self._wake_tail.wait()
+            self._wake_tail = trio.Event()
+            while not self._closing:
+                if self._backlog_size >= self._max_backlog:
+                    await trio.sleep(self._retry_after)
+                elif not self._splice():
+                    after = self._newest
+                    items, looked = await self._patiently(self._journal.tail, after, _PAGE)
+                    if self._newest != after:
+                        continue  # a flush in order went past this read
+                    if looked == after:
+                        break
+                    self._take_in(looked, items)
+
+    def _take_in(self, last: int, items: list[Item]) -> None:
+        self._newest = last
+        for item in items:
+            self._enter(item.seq, item.session_key, item)
+
+    def _splice(self) -> bool:
+        """Take in a buffered flush that is next in order; drop those that were read meanwhile."""
+        while self._behind and self._behind[0][1] <= self._newest:
+            del self._behind[0]
+        if not self._behind or self._behind[0][0] != self._newest + 1:
+            return False
+        _, last, items = self._behind.pop(0)
+        self._take_in(last, items)
+        return True
+
+    async def _sweep(self) -> None:
+        """Whatever the tables call undelivered and nobody here knows goes to its session."""
+        suspects: set[int] = set()
+        while True:
+            await trio.sleep(self._sweep_every)
+            newest = self._newest
+            backlog = await self._patiently(self._journal.undelivered)
+            unknown = {seq: key for seq, key in backlog.items if seq <= newest and seq not in self._open}
+            # One that was being committed during the read looks the same; it is gone the next time.
+            for seq in sorted(suspects & unknown.keys()):
+                self._attempted.add(seq)
+                self._enter(seq, unknown[seq], None)
+            suspects = set(unknown) - suspects
+
+    async def _calm_down(self) -> None:
+        """Sessions that crashed get their messages again after a pause."""
+        while True:
+            await trio.sleep(self._retry_after)
+            crashed, self._crashed = self._crashed, []
+            for key in crashed:
+                conversation = self._conversations.get(key)
+                if conversation is not None and conversation.waits_for is None:
+                    self._enqueue(key, conversation)
+
+    async def _page_in(self) -> None:
+        """Bring sessions with a backlog their next messages, many sessions in one read."""
+        while True:
+            await self._wake_pager.wait()
+            self._wake_pager = trio.Event()
+            while self._ready and not self._closing:
+                wanted = self._next_page()
+                if not wanted:
+                    break
+                items = await self._patiently(self._journal.read, list(wanted))
+                self._hand_out(wanted, {item.seq: item for item in items})
+
+    def _next_page(self) -> dict[int, str]:
+        wanted: dict[int, str] = {}
+        starting = 0
+        while self._ready and len(wanted) < _PAGE:
+            key = self._ready[0]
+            if key not in self._family:
+                if len(self._family) + starting >= self._max_live:
+                    self._family.passivate_oldest()  # its end wakes the pager
+                    break
+                starting += 1
+            self._ready.popleft()
+            conversation = self._conversations[key]
+            room = self._hold - len(conversation.held)
+            if room <= 0 or conversation.waits_for is not None or not conversation.backlog:
+                conversation.queued = False
+                self._forget_if_done(key, conversation)
+                continue
+            for _, seq in zip(range(room), conversation.backlog, strict=False):
+                wanted[seq] = key
+        return wanted
+
+    def _hand_out(self, wanted: dict[int, str], items: dict[int, Item]) -> None:
+        for seq, key in wanted.items():
+            conversation = self._conversations[key]
+            if (
+                conversation.waits_for is not None
+                or not conversation.backlog
+                or conversation.backlog[0] != seq
+            ):
+                continue  # it stands in line by now, or an earlier one could not be given
+            item = items.get(seq)
+            if item is None:  # erased: nothing is left to deliver
+                self._open.discard(seq)
+            else:
+                if seq <= self._recovered or seq in self._attempted:
+                    item = replace(item, redelivered=True)
+                if not self._give(key, conversation, item):
+                    continue
+            conversation.backlog.popleft()
+            self._backlog_size -= 1
+        for key in dict.fromkeys(wanted.values()):
+            conversation = self._conversations[key]
+            conversation.queued = False
+            if not conversation.held:
+                self._uncall(key)
+                self._enqueue(key, conversation)
+            self._forget_if_done(key, conversation)
+
+    # Bookkeeping
+
+    def _enter(self, seq: int, key: str, item: Item | None) -> None:
+        if seq in self._open:
+            return
+        self._open.add(seq)
+        if self._order and seq < self._order[-1]:
+            self._set_apart(seq)  # the mark may have passed it
+        else:
+            self._order.append(seq)
+        conversation = self._conversations.get(key)
+        if conversation is None:
+            conversation = self._conversations[key] = _Conversation()
+        if (
+            item is not None
+            and not conversation.backlog
+            and conversation.waits_for is None
+            and (key in self._family or len(self._family) < self._max_live)
+            and self._give(key, conversation, item)
+        ):
+            return
+        conversation.backlog.append(seq)
+        self._backlog_size += 1
+        if not conversation.held and conversation.waits_for is None and key not in self._crashed:
+            self._enqueue(key, conversation)
+
+    def _give(self, key: str, conversation: _Conversation, item: Item) -> bool:
+        if len(conversation.held) >= self._hold:
+            return False
+        try:
+            self._family.tell_nowait(key, item)
+        except (MailboxFull, MailboxClosed):
+            return False
+        conversation.held.append(item)
+        return True
+
+    def _give_back(self, conversation: _Conversation) -> None:
+        """What a session held goes back to the front of its backlog, replays to their owner."""
+        held = list(conversation.held)
+        conversation.held.clear()
+        back = [item.seq for item in held if item.dead_letter is None]
+        conversation.backlog.extendleft(reversed(back))
+        self._backlog_size += len(back)
+        for item in held:
+            if item.dead_letter is not None:
+                self._on_replay_lost(item)
+
+    def _ended(self, key: str, crash: Exception | None, left: list[Item]) -> None:
+        """A child is gone. After a crash what it held is given again, a little later."""
+        if crash is not None:
+            self._crashes += 1
+            self._on_crash(key, crash)
+        conversation = self._conversations.get(key)
+        if conversation is not None:
+            if conversation.held:
+                self._attempted.add(conversation.held[0].seq)
+                self._give_back(conversation)
+            self._uncall(key)
+            if conversation.backlog and crash is not None:
+                self._crashed.append(key)
+            elif conversation.waits_for is None:
+                self._enqueue(key, conversation)
+            self._forget_if_done(key, conversation)
+        if self._ready:
+            self._wake_pager.set()
+
+    def _set_apart(self, seq: int) -> None:
+        self._stragglers.add(seq)
+        self._new_stragglers.append(seq)
+
+    def _uncall(self, key: str) -> None:
+        """The session was called out of a line and has used the call, or has no use for it."""
+        service = self._called.pop(key, None)
+        if service is not None:
+            self.room(service)
+
+    def _enqueue(self, key: str, conversation: _Conversation) -> None:
+        if not conversation.queued and conversation.backlog:
+            conversation.queued = True
+            self._ready.append(key)
+            self._wake_pager.set()
+
+    def _forget_if_done(self, key: str, conversation: _Conversation) -> None:
+        if not (
+            conversation.held
+            or conversation.backlog
+            or conversation.uncommitted
+            or conversation.queued
+            or conversation.waits_for
+        ):
+            self._conversations.pop(key, None)
+
+    def _is_drained(self, key: str, before: int | None) -> bool:
+        conversation = self._conversations.get(key)
+        if conversation is None:
+            return True
+        if conversation.uncommitted:
+            return False
+        if before is None:
+            return True
+        oldest = [item.seq for item in conversation.held] + list(conversation.backlog)[:1]
+        return all(seq >= before for seq in oldest)
+
+    async def _until_drained(self, key: str, before: int | None) -> None:
+        if not self._is_drained(key, before):
+            event = trio.Event()
+            self._waiters.append((key, before, event))
+            await event.wait()
+
+    async def _patiently(self, call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Ask the journal until it answers: while it is away there is nothing better to do."""
+        wait = self._retry_after
+        while True:
+            try:
+                return await call(*args, **kwargs)
+            except JournalUnavailable:
+                await trio.sleep(wait)
+                wait = min(wait * 2, 5.0)

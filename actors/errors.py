@@ -1,0 +1,13 @@
+"""What the ports may raise. Foreign exceptions are translated into these once, in the adapter."""
+
+
+class JournalUnavailable(Exception):
+    """The database cannot be reached or refuses writes; nothing of this call was stored."""
+
+
+class LeaseLost(Exception):
+    """Another process delivers now (or this one's epoch is over); nothing of this call was stored."""
+
+
+class NotOwner(Exception):
+    """No attempt was started: the lease is not known to be held at this moment."""

@@ -1,0 +1,101 @@
+"""The Protocols through which actors reach the world: journal, sessions, handlers, policies, clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Protocol
+
+from .messages import (
+    Appended,
+    Backlog,
+    Completion,
+    Delivery,
+    Duplicates,
+    Envelope,
+    Item,
+    Outcome,
+    Reply,
+    Session,
+)
+
+Clock = Callable[[], datetime]
+"""The present moment in UTC, aware. Stored times come from here, deadlines from trio's clock."""
+
+
+class Journal(Protocol):
+    """Durable order. Every method returns after COMMIT or raises JournalUnavailable."""
+
+    async def append(
+        self, deliveries: Sequence[Delivery], *, duplicates: int
+    ) -> Appended | Duplicates | None:
+        """Store a flush in one transaction. `duplicates` were found before and are tallied with it.
+
+        None: the outcome of the commit was in doubt and was then found committed; what it stored is
+        in the journal and is found there by whoever delivers.
+        """
+
+    async def undelivered(self) -> Backlog:
+        """Everything unfinished, in journal order, without bodies."""
+
+    async def tail(self, after: int, limit: int) -> tuple[list[Item], int]:
+        """Messages for sessions with seq > after, at most `limit` journal entries further on, and the
+        newest seq that was looked at (equal to `after` when there is nothing new)."""
+
+    async def read(self, seqs: Sequence[int]) -> list[Item]:
+        """These items, in seq order; one that is not there is left out."""
+
+    async def complete(
+        self, completions: Sequence[Completion], *, epoch: int, low_water: int, stragglers: Sequence[int]
+    ) -> None:
+        """Record outcomes, sessions, replies and dead letters in one transaction; repeating is harmless.
+
+        Raises:
+            LeaseLost: the epoch is over.
+        """
+
+    async def load_sessions(self, keys: Sequence[str]) -> Mapping[str, tuple[Session, datetime]]:
+        """The stored sessions among `keys`, each with the time of its last interaction."""
+
+
+class Handler(Protocol):
+    """One attempt at a service. Bounded by the caller's cancel scope; raises nothing it can map."""
+
+    async def attempt(self, envelope: Envelope) -> Outcome | Unreadable: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """The service took the message, but its answer could not be read: delivered, content ignored."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A decision. `domain` is None when the router answers itself (menu, home, exit)."""
+
+    rule: str
+    domain: str | None
+    reason: str
+    replies: tuple[Reply, ...] = ()
+    leave: bool = False  # the active service is cleared
+
+
+class RoutePolicy(Protocol):
+    """Decides where one message goes, from the message and the session alone."""
+
+    def decide(self, item: Item, session: Session) -> Route: ...
+
+
+class RetryPolicy(Protocol):
+    """When a failed attempt is followed by another one, and how a delivery ends."""
+
+    def next_attempt(
+        self, attempts: int, elapsed: float, deadline: float, asked: float | None
+    ) -> float | None:
+        """Seconds to wait before the next attempt, or None: the delivery is over."""
+
+    def first_retry(self, asked: float | None) -> float:
+        """Seconds until the dead letter that this delivery becomes is due."""

@@ -1,0 +1,157 @@
+"""The actor of one domain: takes deliveries from sessions and makes attempts over its lanes. The
+number of lanes is the concurrency of that service.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, replace
+
+import trio
+
+from .errors import NotOwner
+from .kernel import Address, MailboxClosed, Promise
+from .messages import Ack, Envelope, Reject, Retry
+from .ports import Handler, RetryPolicy, Unreadable
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """It has the message. `answer` is what it said, empty when that could not be read."""
+
+    answer: Ack
+    attempts: int
+    unreadable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """It will never take the message."""
+
+    reason: str
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Undelivered:
+    """The deadline or the attempts are used up. `counted`: false when the service only asked to wait."""
+
+    reason: str
+    attempts: int
+    retry_in: float
+    counted: bool
+
+
+Result = Delivered | Rejected | Undelivered
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """What a session asks."""
+
+    envelope: Envelope
+    promise: Promise[Result]
+
+
+@dataclass(slots=True)
+class ServiceStatistics:
+    """Since start: attempts made, and those that did not end in 2xx."""
+
+    attempts: int = 0
+    failures: int = 0
+
+
+OpenLane = Callable[[], AbstractAsyncContextManager[Handler]]
+
+
+class Service:
+    """`lanes` tasks take deliveries from one mailbox. `may_attempt` is asked before every attempt: it
+    is false while the lease is not known to be held.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        open_lane: OpenLane,
+        lanes: int,
+        capacity: int,
+        timeout: float,
+        deadline: float,
+        policy: RetryPolicy,
+        may_attempt: Callable[[], bool],
+        on_room: Callable[[str], None],
+    ) -> None:
+        self.name = name
+        self.address: Address[Deliver] = Address(f"service/{name}", capacity)
+        self.statistics = ServiceStatistics()
+        self._open_lane = open_lane
+        self._lanes = lanes
+        self._timeout = timeout
+        self._deadline = deadline
+        self._policy = policy
+        self._may_attempt = may_attempt
+        self._on_room = on_room
+
+    async def run(self) -> None:
+        """Until the mailbox is closed and every lane has finished what it held."""
+        try:
+            async with trio.open_nursery() as nursery:
+                for number in range(self._lanes):
+                    nursery.start_soon(self._lane, name=f"lane/{self.name}/{number}")
+        except BaseException:
+            self.address.abandon_taken()
+            raise
+
+    async def _lane(self) -> None:
+        async with self._open_lane() as handler:
+            while True:
+                try:
+                    [delivery] = await self.address.mailbox.drain(1)
+                except MailboxClosed:
+                    return
+                self._on_room(self.name)
+                try:
+                    delivery.promise.answer(await self._deliver(handler, delivery.envelope))
+                except NotOwner as refusal:
+                    delivery.promise.fail(refusal)
+
+    async def _deliver(self, handler: Handler, envelope: Envelope) -> Result:
+        started = trio.current_time()
+        attempts = counted = 0
+        while True:
+            if not self._may_attempt():
+                raise NotOwner(self.name)
+            attempts += 1
+            outcome = await self._attempt(handler, envelope, attempts, started)
+            if isinstance(outcome, Ack):
+                return Delivered(outcome, attempts)
+            if isinstance(outcome, Unreadable):
+                return Delivered(Ack(), attempts, unreadable=True)
+            self.statistics.failures += 1
+            if isinstance(outcome, Reject):
+                return Rejected(outcome.reason, attempts)
+            if outcome.after is None:
+                counted += 1
+            elapsed = trio.current_time() - started
+            wait = self._policy.next_attempt(counted, elapsed, self._deadline, outcome.after)
+            if wait is None:
+                return Undelivered(
+                    outcome.reason,
+                    attempts,
+                    self._policy.first_retry(outcome.after),
+                    counted=outcome.after is None,
+                )
+            await trio.sleep(wait)
+
+    async def _attempt(
+        self, handler: Handler, envelope: Envelope, attempt: int, started: float
+    ) -> Ack | Retry | Reject | Unreadable:
+        self.statistics.attempts += 1
+        if attempt > 1:
+            envelope = replace(envelope, attempt=attempt, redelivered=True)
+        left = self._deadline - (trio.current_time() - started)
+        with trio.move_on_after(min(self._timeout, left)):
+            return await handler.attempt(envelope)
+        return Retry(reason=f"no answer within {self._timeout:g} s")

@@ -1,0 +1,216 @@
+"""The actor of one conversation: decides its messages one at a time, in journal order."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from datetime import timedelta
+from typing import Protocol
+
+from .kernel import Address, MailboxFull
+from .messages import (
+    UNCHANGED,
+    Ack,
+    Completion,
+    DeadLetter,
+    Envelope,
+    Item,
+    JsonObject,
+    Place,
+    Session,
+    SessionChange,
+)
+from .ports import Clock, Route, RoutePolicy
+from .service import Deliver, Delivered, Rejected, Result, Service, Undelivered
+
+
+class Conversations(Protocol):
+    """What a session needs of whoever feeds it."""
+
+    def must_wait(self, key: str, service: str) -> bool:
+        """Others stand in line for this service, and this session has not been called."""
+
+    def park(self, key: str, service: str) -> None:
+        """The session stands in line; what it was given goes back to the journal's backlog."""
+
+    def finished(self, key: str, item: Item) -> None:
+        """The session is through with this item."""
+
+    async def drained(self, key: str, before: int) -> None:
+        """Return when nothing of that session older than `before` is undelivered."""
+
+
+class SessionActor:
+    """One incarnation of one conversation. Its state is ahead of the database by what the completer
+    holds; it passivates only when that has been committed.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        *,
+        load: Callable[[str], Awaitable[Session | None]],
+        routes: RoutePolicy,
+        services: Mapping[str, Service],
+        completer: Address[Completion],
+        conversations: Conversations,
+        committed: Callable[[str], Awaitable[None]],
+        next_version: Callable[[], int],
+        session_ttl: timedelta,
+        clock: Clock,
+    ) -> None:
+        self._key = key
+        self._load = load
+        self._routes = routes
+        self._services = services
+        self._completer = completer
+        self._conversations = conversations
+        self._committed = committed
+        self._next_version = next_version
+        self._ttl = session_ttl
+        self._clock = clock
+        self._session: Session | None = None
+        self._touched = clock()
+
+    async def receive(self, batch: list[Item]) -> None:
+        for item in batch:
+            if not await self._decide(item):
+                return
+
+    async def passivate(self) -> None:
+        await self._committed(self._key)
+
+    async def _decide(self, item: Item) -> bool:
+        """False: the session is parked and the rest of its batch went back to the journal."""
+        if item.joins is not None:
+            await self._conversations.drained(item.joins, item.seq)
+        session = await self._current(item)
+        if item.domain is not None:
+            route = Route(rule="replay", domain=item.domain, reason="a dead letter goes where it was going")
+        else:
+            route = self._routes.decide(item, session)
+        if route.domain is None:
+            after = session
+            if route.leave and session.active_service is not None:
+                after = replace(session, active_service=None, state={}, version=self._next_version())
+            completion = Completion(
+                item=item,
+                place=Place.HANDLED,
+                service=None,
+                rule=route.rule,
+                attempts=0,
+                session=after,
+                replies=tuple(reply.as_message() for reply in route.replies),
+            )
+        else:
+            result = await self._deliver(item, session, route.domain)
+            if result is None:
+                return False
+            completion = self._completion(item, session, route.domain, route.rule, result)
+        if completion.session is not None:
+            self._session = completion.session
+        self._touched = self._clock()
+        await self._completer.tell(completion)
+        self._conversations.finished(self._key, item)
+        return True
+
+    async def _current(self, item: Item) -> Session:
+        if self._session is None:
+            self._session = await self._load(self._key)
+            if self._session is None and item.joins is not None:
+                absorbed = await self._load(item.joins)
+                if absorbed is not None:
+                    self._session = replace(absorbed, key=self._key, version=self._next_version())
+        elif self._clock() - self._touched > self._ttl:
+            self._session = None
+        if self._session is None:
+            self._session = Session(
+                key=self._key,
+                phone_number_id=item.phone_number_id,
+                wa_id=item.wa_id,
+                user_id=item.user_id,
+                version=self._next_version(),
+            )
+        session = self._session
+        if (item.wa_id and item.wa_id != session.wa_id) or (item.user_id and item.user_id != session.user_id):
+            self._session = session = replace(
+                session, wa_id=item.wa_id or session.wa_id, user_id=item.user_id or session.user_id
+            )
+        return session
+
+    async def _deliver(self, item: Item, session: Session, domain: str) -> Result | str | None:
+        """The service's result; a string when nobody serves the domain; None when parked."""
+        service = self._services.get(domain)
+        if service is None:
+            return f"no service for domain {domain!r}"
+        if self._conversations.must_wait(self._key, domain):
+            self._conversations.park(self._key, domain)
+            return None
+        envelope = Envelope(
+            id=item.key if not item.revision else f"{item.key}_r{item.revision}",
+            message_id=item.message_id,
+            domain=domain,
+            session=session,
+            message=item.message,
+            contact=item.contact,
+            received_at=item.received_at,
+            correlation_id=item.correlation_id,
+            traceparent=item.traceparent,
+            redelivered=item.redelivered,
+            replay=item.dead_letter is not None,
+        )
+        try:
+            # NotOwner and ActorDied end this incarnation: the journal still has the message.
+            return await service.address.ask_nowait(lambda promise: Deliver(envelope, promise))
+        except MailboxFull:
+            self._conversations.park(self._key, domain)
+            return None
+
+    def _completion(
+        self, item: Item, session: Session, domain: str, rule: str, result: Result | str
+    ) -> Completion:
+        place, attempts, letter = Place.DEAD_LETTER, 0, None
+        replies: tuple[JsonObject, ...] = ()
+        unreadable = False
+        # A conversation is with the service that it was last routed to, delivered or not.
+        after = session
+        if session.active_service != domain and item.dead_letter is None:
+            after = replace(session, active_service=domain, state={}, version=self._next_version())
+        if isinstance(result, str):
+            letter = DeadLetter(status="pending", resolution="no_service", error=result, retry_in=None)
+            after = session
+        elif isinstance(result, Delivered):
+            place, attempts, unreadable = Place.DELIVERED, result.attempts, result.unreadable
+            after = self._apply(after, result.answer)
+            replies = tuple(reply.as_message() for reply in result.answer.replies)
+        elif isinstance(result, Rejected):
+            place, attempts = Place.REJECTED, result.attempts
+            letter = DeadLetter(status="failed", resolution="rejected", error=result.reason, retry_in=None)
+        elif isinstance(result, Undelivered):
+            attempts = result.attempts
+            letter = DeadLetter(
+                status="pending", resolution=None, error=result.reason, retry_in=result.retry_in
+            )
+        return Completion(
+            item=item,
+            place=place,
+            service=domain,
+            rule=rule,
+            attempts=attempts,
+            session=after,
+            replies=replies,
+            dead_letter=letter,
+            unreadable_answer=unreadable,
+        )
+
+    def _apply(self, session: Session, answer: Ack) -> Session:
+        change = answer.session or SessionChange()
+        active, state = change.active_service, change.state
+        if active is UNCHANGED and state is UNCHANGED:
+            return session
+        return replace(
+            session,
+            active_service=session.active_service if active is UNCHANGED else active,
+            state=session.state if state is UNCHANGED else state,
+            version=self._next_version(),
+        )

@@ -1,0 +1,77 @@
+"""`python -m bench`: one subcommand for each benchmark; the benchmarks themselves live beside this file."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from bench import ack as ack_benchmark
+from bench import coldstart as coldstart_benchmark
+
+_JSON = click.option(
+    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Result file."
+)
+
+
+def _numbers(_context: click.Context, _option: click.Parameter, value: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter("numbers with commas between them, as in 32,128") from None
+    if any(number < 1 for number in numbers):
+        raise click.BadParameter("at least one connection")
+    return numbers
+
+
+@click.group()
+def main() -> None:
+    """Benchmarks of Postroom. Each exits 1 when a goal that it must reach is missed."""
+
+
+@main.command()
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--seconds", default=8.0, show_default=True, type=click.FloatRange(0.5), help="Length of one load."
+)
+@click.option(
+    "--connections", default="32,128", show_default=True, callback=_numbers, help="Keep-alive connections."
+)
+@click.option("--targets", default="", help="Only these, as in router,fastapi; the goals then lack values.")
+@click.option("--quick", is_flag=True, help="One short round: shows that it works, says nothing.")
+@_JSON
+def ack(
+    rounds: int,
+    seconds: float,
+    connections: tuple[int, ...],
+    targets: str,
+    quick: bool,
+    json_path: Path | None,
+) -> None:
+    """Durable acks per second and CPU time per ack, beside two references.
+
+    Example: python -m bench ack --rounds 5 --seconds 8
+    """
+    settings = ack_benchmark.AckSettings(rounds=rounds, seconds=seconds, connections=connections)
+    if targets:
+        settings = replace(settings, targets=tuple(targets.split(",")))
+    try:
+        ack_benchmark.chosen_targets(settings.targets)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--targets") from None
+    sys.exit(ack_benchmark.run(settings.quick() if quick else settings, json_path))
+
+
+@main.command()
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1))
+@_JSON
+def coldstart(rounds: int, json_path: Path | None) -> None:
+    """Time from process start to the first 200 on an existing data directory.
+
+    Example: python -m bench coldstart --rounds 5
+    """
+    sys.exit(coldstart_benchmark.run(rounds, json_path))
+
+
+if __name__ == "__main__":
+    main()

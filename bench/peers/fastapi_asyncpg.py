@@ -1,0 +1,107 @@
+"""The reference on FastAPI: uvicorn with uvloop and httptools, one process, an asyncpg pool, a commit per message.
+
+Run as `python -m bench.peers.fastapi_asyncpg`; the connection string comes in PEER_DSN.
+"""
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import asyncpg
+import click
+import uvicorn
+from fastapi import FastAPI, Request, Response
+
+from bench.peers.webhook import (
+    ANSWER,
+    CREATE_TABLE,
+    INSERT,
+    PATH,
+    POOL_SIZE,
+    PeerOptions,
+    keep_nothing,
+    peer_options,
+    print_ready,
+    signature_matches,
+    wamids,
+)
+
+
+def hello_app() -> FastAPI:
+    app = FastAPI(openapi_url=None)
+
+    @app.post(PATH)
+    async def hello() -> Response:
+        return Response(ANSWER, media_type="application/json")
+
+    return app
+
+
+def bare_app() -> FastAPI:
+    app = FastAPI(openapi_url=None)
+
+    @app.post(PATH)
+    async def webhook(request: Request) -> Response:
+        await request.body()
+        return Response(ANSWER, media_type="application/json")
+
+    return app
+
+
+def full_app(options: PeerOptions) -> FastAPI:
+    secret = options.secret
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with asyncpg.create_pool(
+            options.dsn, min_size=POOL_SIZE, max_size=POOL_SIZE, reset=keep_nothing
+        ) as pool:
+            await pool.execute(CREATE_TABLE)
+            app.state.pool = pool
+            yield
+
+    app = FastAPI(openapi_url=None, lifespan=lifespan)
+
+    @app.post(PATH)
+    async def webhook(request: Request) -> Response:
+        body = await request.body()
+        if not signature_matches(secret, body, request.headers.get("x-hub-signature-256")):
+            return Response(status_code=401)
+        for wamid in wamids(body):
+            await app.state.pool.execute(INSERT, wamid, body)
+        return Response(ANSWER, media_type="application/json")
+
+    return app
+
+
+class _Server(uvicorn.Server):
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and sockets:
+            print_ready(sockets[0])
+
+
+@click.command()
+@click.option("--port", default=0, help="0 takes a free one.")
+@click.option("--bare", is_flag=True, help="The same handler with its work removed.")
+@click.option("--hello", is_flag=True, help="The framework's smallest app.")
+def main(port: int, bare: bool, hello: bool) -> None:
+    """Serve the webhook on FastAPI and uvicorn."""
+    options = peer_options(bare=bare, hello=hello, port=port)
+    app = {"full": lambda: full_app(options), "bare": bare_app, "hello": hello_app}[options.variant]()
+    config = uvicorn.Config(
+        app,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        date_header=False,
+        timeout_keep_alive=60,
+    )
+    _Server(config).run(sockets=[options.listen()])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""What the rest of the router is told: frozen values with their defaults, and the error that lists what is
+wrong.
+
+Reading them from a file and the environment is in router.settings; what must hold between them in
+router.config_rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+from router.domains import EXIT, HOME, KEYWORDS, LANGUAGES, MENU, Words, canonical_domain
+
+DEFAULT_APP: Final = "default"
+WEBHOOK_PATH: Final = "/webhooks/whatsapp"
+DEFAULT_TIMEOUT_MS: Final = 4_000
+DEFAULT_DEADLINE_MS: Final = 15_000
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong: the setting's name, what is wrong with it, and what to do. Never a secret's
+    value.
+    """
+
+    name: str
+    message: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.message}; fix: {self.fix}"
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; `problems` has everything that is wrong with it, not only the
+    first.
+    """
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems: tuple[Problem, ...] = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AppConfig:
+    """A Meta app: the secrets that sign its webhooks and the phone_number_ids that it may sign for.
+
+    Without `numbers` an app speaks for every number that no other app claims.
+    """
+
+    name: str = DEFAULT_APP
+    secret: str = field(repr=False)
+    secret_previous: str | None = field(default=None, repr=False)
+    verify_token: str = field(repr=False)
+    numbers: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> str:
+        """Where Meta posts to: /webhooks/whatsapp, or /webhooks/whatsapp/NAME for an app that is not the
+        default.
+        """
+        return WEBHOOK_PATH if self.name == DEFAULT_APP else f"{WEBHOOK_PATH}/{self.name}"
+
+    @property
+    def live_secrets(self) -> tuple[str, ...]:
+        """The secrets that a signature may be made with: the current one and, during a rotation, the
+        previous one.
+        """
+        return (self.secret,) if self.secret_previous is None else (self.secret, self.secret_previous)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceConfig:
+    """A domain, and the service behind it. Without `url` it is reached in process, or not at all.
+
+    `timeout_ms` bounds one attempt, `deadline_ms` all attempts of one delivery, `lanes` how many run at once.
+    `secret` is `whsec_` and base64, as Standard Webhooks writes it; without one deliveries are not signed.
+    """
+
+    name: str
+    url: str | None = None
+    timeout_ms: int = DEFAULT_TIMEOUT_MS
+    deadline_ms: int = DEFAULT_DEADLINE_MS
+    lanes: int = 8
+    secret: str | None = field(default=None, repr=False)
+    statuses: bool = False
+    keywords: Words = field(default_factory=dict)
+
+
+def default_services() -> dict[str, ServiceConfig]:
+    """The domains out of the box, by name, in the order that breaks ties; none has a service yet."""
+    return {name: ServiceConfig(name=name, keywords=dict(words)) for name, words in KEYWORDS.items()}
+
+
+def _as_known(service: ServiceConfig) -> ServiceConfig:
+    name = canonical_domain(service.name)
+    return replace(service, name=name, keywords=service.keywords or dict(KEYWORDS.get(name, {})))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingConfig:
+    """What decides where a message goes, beside the keywords of the domains.
+
+    `fallback` is "menu" or a domain. `buttons` maps the id of a button or list row to a domain, "menu",
+    "home" or "exit". An id that is not in it still routes when it is a domain's name, alone or followed by
+    ":" or "." and more.
+    """
+
+    fallback: str = "menu"
+    languages: tuple[str, ...] = LANGUAGES
+    menu: Words = field(default_factory=lambda: dict(MENU))
+    home: Words = field(default_factory=lambda: dict(HOME))
+    exit: Words = field(default_factory=lambda: dict(EXIT))
+    buttons: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitsConfig:
+    """How much of everything is held at once. Every queue, buffer and wait in the router has its bound
+    here.
+    """
+
+    body_max_bytes: int = 3_145_728  # Meta's own limit; more is answered 413
+    header_max_bytes: int = 16_384
+    max_connections: int = 2_048
+    body_bytes_in_flight: int = 67_108_864
+    read_timeout_ms: int = 30_000
+    idle_timeout_ms: int = 75_000
+    write_timeout_ms: int = 10_000
+    flush_max_rows: int = 2_000
+    flush_max_bytes: int = 8_388_608
+    ingress_capacity: int = 4_096
+    session_mailbox: int = 32
+    max_live_sessions: int = 4_096
+    backlog_limit: int = 1_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeliveryConfig:
+    """With `enabled` false this process accepts and journals only; another one on the same database
+    delivers.
+    """
+
+    enabled: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Everything that a router is told. `database_url` None means the embedded Postgres in `data_dir`.
+
+    `generated` has, by the name of its environment variable, each secret that `serve --dev` made up for
+    itself.
+    """
+
+    apps: tuple[AppConfig, ...]
+    services: Mapping[str, ServiceConfig] = field(default_factory=default_services)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    delivery: DeliveryConfig = field(default_factory=DeliveryConfig)
+    host: str = "127.0.0.1"
+    port: int = 8080
+    admin_host: str = "127.0.0.1"
+    admin_port: int = 8081
+    data_dir: Path = Path(".postroom")
+    database_url: str | None = field(default=None, repr=False)
+    session_ttl_hours: int = 24
+    router_timeout_ms: int = DEFAULT_TIMEOUT_MS
+    core_p95_slo_ms: int = 1_200
+    core_cold_start_slo_ms: int = 1_750
+    dev: bool = False
+    generated: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def for_embedding(
+        cls,
+        *,
+        app_secret: str,
+        verify_token: str,
+        app_secret_previous: str | None = None,
+        numbers: Iterable[str] = (),
+        services: Iterable[ServiceConfig] = (),
+        routing: RoutingConfig | None = None,
+        limits: LimitsConfig | None = None,
+        data_dir: str | Path = ".postroom",
+        database_url: str | None = None,
+        host: str = "127.0.0.1",
+        port: int = 8080,
+        admin_port: int = 8081,
+        session_ttl_hours: int = 24,
+    ) -> Config:
+        """The configuration of a router inside another program: one app, and the domains out of the box.
+
+        `services` replaces domains of the same name (without keywords they keep the domain's own) and adds
+        the others. Use `Config(...)` for several apps, or to leave a domain out.
+        """
+        given = {service.name: service for service in map(_as_known, services)}
+        app = AppConfig(
+            secret=app_secret,
+            secret_previous=app_secret_previous,
+            verify_token=verify_token,
+            numbers=tuple(numbers),
+        )
+        return cls(
+            apps=(app,),
+            services=given | {n: s for n, s in default_services().items() if n not in given},
+            routing=routing if routing is not None else RoutingConfig(),
+            limits=limits if limits is not None else LimitsConfig(),
+            data_dir=Path(data_dir),
+            database_url=database_url,
+            host=host,
+            port=port,
+            admin_port=admin_port,
+            session_ttl_hours=session_ttl_hours,
+        )

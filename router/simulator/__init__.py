@@ -1,0 +1,28 @@
+"""A simulated phone population that sends signed webhooks as Meta would, and the ledger that judges their router.
+
+Imports nothing of the router: the judge shares no code with the judged. The builders of bodies are in
+`payloads`.
+"""
+
+from router.simulator import payloads
+from router.simulator.client import Answer, NotAnswered, WebhookClient
+from router.simulator.deliveries import Delivery, SentItem
+from router.simulator.ledger import Ledger, Report
+from router.simulator.phones import Population
+from router.simulator.signing import signature
+from router.simulator.traffic import Client, run_traffic
+
+__all__ = [
+    "Answer",
+    "Client",
+    "Delivery",
+    "Ledger",
+    "NotAnswered",
+    "Population",
+    "Report",
+    "SentItem",
+    "WebhookClient",
+    "payloads",
+    "run_traffic",
+    "signature",
+]
