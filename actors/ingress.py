@@ -34,12 +34,14 @@ class Ingress(Actor[Delivery]):
         journal: Journal,
         *,
         feed: Feed,
+        look: Callable[[], None],
         max_rows: int,
         max_bytes: int,
         on_refused: Callable[[JournalUnavailable], None],
     ) -> None:
         self._journal = journal
         self._feed = feed
+        self._look = look
         self._max_rows = max_rows
         self._max_bytes = max_bytes
         self._on_refused = on_refused
@@ -86,7 +88,9 @@ class Ingress(Actor[Delivery]):
         # Answer first: the phones' side waits for nothing that delivery does.
         for delivery in flush:
             delivery.settle(True)
-        if result is not None and stored:
+        if result is None:
+            self._look()  # committed, but only the journal knows as what
+        elif stored:
             self._hand_on(stored, result)
 
     def _hand_on(self, stored: list[Delivery], result: Appended) -> None:

@@ -141,7 +141,7 @@ class StatusUpdate:
 
     status: str
     rank: int
-    timestamp: int
+    timestamp: int | None  # Unix seconds, where the sender gave any
 
 
 @dataclass(slots=True)
@@ -153,6 +153,7 @@ class Incoming:
     kind: Kind
     key: bytes
     deduplicated: bool
+    path: str = ""  # where it stands in its body
     message_id: str | None = None
     phone_number_id: str | None = None
     names: tuple[str, ...] = ()

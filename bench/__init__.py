@@ -1,1 +1,1 @@
-"""Measurements of Postroom beside reference peers; everything here starts real processes and talks to them over sockets."""
+"""Measurements of Postroom beside reference peers, made on real processes over real sockets."""

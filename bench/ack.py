@@ -1,4 +1,4 @@
-"""`python -m bench ack`: durable acks per second and CPU time per ack, the router beside its two references."""
+"""`python -m bench ack`: durable acks per second and CPU time per ack, beside two references."""
 
 import os
 import shutil
@@ -26,6 +26,8 @@ from bench.verdicts import Verdict, median_or_none, missed, ratio
 
 DEFAULT_P95_SLO_MS = 1_200.0
 BARE_SHARE = 0.90
+# Cores used by programs that are not ours, above which a round is printed as disturbed.
+DISTURBED = 0.25
 
 
 @dataclass(frozen=True)
@@ -160,9 +162,11 @@ def describe(measured: Round) -> str:
     load = measured.load
     line = (
         f"round {measured.number}  {measured.target:<16} {load.mode:<6} {load.connections:>4} conns "
-        f"{measured.rate:>9,.0f}/s  server {measured.server_us:>6.0f} us  postgres {measured.postgres_us:>5.0f} us  "
-        f"p95 {load.latency_ms['p95']:>8.1f} ms"
+        f"{measured.rate:>9,.0f}/s  server {measured.server_us:>6.0f} us  "
+        f"postgres {measured.postgres_us:>5.0f} us  p95 {load.latency_ms['p95']:>8.1f} ms"
     )
+    if measured.others_share > DISTURBED:
+        line += f"  (other programs: {measured.others_share:.1f} cores)"
     return f"{line}  VOID: {'; '.join(measured.void)}" if measured.void else line
 
 
@@ -262,7 +266,7 @@ def show(settings: AckSettings, result: AckRounds, verdicts: Sequence[Verdict]) 
     percentiles = ("p50", "p95", "p99", "p99.9", "max")
     names = dict.fromkeys(r.target for r in result.open)
     print_table(
-        f"Open loop at {settings.open_fraction:.0%} of each target's own closed rate, latency from the schedule, ms",
+        f"Open loop at {settings.open_fraction:.0%} of each closed rate, ms from the scheduled time",
         ("target", *percentiles),
         [(name, *(number(result.open_latency(name, p), 1) for p in percentiles)) for name in names],
     )

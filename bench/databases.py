@@ -1,4 +1,4 @@
-"""The harness's own view of a target's Postgres: running one beside a peer, counting rows, reading settings."""
+"""The harness's own look into a target's Postgres: its process, its rows, its settings."""
 
 import asyncio
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""The load generator, one separate process: `python -m bench.load --spec JSON` prints its result as one JSON line.
+"""The load generator, one separate process: `python -m bench.load --spec JSON`, the result as JSON.
 
-Raw non-blocking sockets and epoll, all requests built before the clock starts; it knows nothing of targets.
+Raw non-blocking sockets and epoll, all requests built before the clock starts; knows nothing of targets.
 """
 
 import gc
@@ -26,7 +26,7 @@ _RECEIVE = 65_536
 
 @dataclass(frozen=True)
 class LoadSpec:
-    """What one run of the generator does; times in seconds, `rate` in requests per second (open loop only)."""
+    """What one run does; times in seconds, `rate` in requests per second (open loop only)."""
 
     port: int
     secret: str
@@ -136,15 +136,24 @@ class Generator:
             connection.sock.close()
         self._epoll.close()
 
+    def _send(self, connection: _Connection, since: float) -> None:
+        """Sends the next request, on a new connection when the server has hung up on the idle one."""
+        request = self._requests[self.sent]
+        try:
+            connection.send(request, since)
+        except ConnectionError:
+            self._reopen(connection)
+            connection.send(request, since)
+        self.sent += 1
+
     def closed_loop(self, seconds: float, drain_seconds: float) -> None:
         """Each connection sends its next request as soon as its answer is read."""
-        requests, total = self._requests, len(self._requests)
+        total = len(self._requests)
         busy: set[_Connection] = set()
         self.started = perf_counter()
         deadline = self.started + seconds
         for connection in list(self._connections.values())[:total]:
-            connection.send(requests[self.sent], perf_counter())
-            self.sent += 1
+            self._send(connection, perf_counter())
             busy.add(connection)
         while busy:
             events = self._epoll.poll(max(0.0, deadline + drain_seconds - perf_counter()))
@@ -156,8 +165,7 @@ class Generator:
                 if not self._answered(connection, now):
                     continue
                 if now < deadline and self.sent < total:
-                    connection.send(requests[self.sent], now)
-                    self.sent += 1
+                    self._send(connection, now)
                 else:
                     busy.discard(connection)
         self.ended = perf_counter()
@@ -171,8 +179,7 @@ class Generator:
         A latency runs from the scheduled time, so the wait for a free connection is part of it: a
         target that stalls cannot thin out the schedule and hide its stall (coordinated omission).
         """
-        requests = self._requests
-        total = min(len(requests), int(rate * seconds))
+        total = min(len(self._requests), int(rate * seconds))
         free = deque(self._connections.values())
         queued_through = 0
         self.started = perf_counter()
@@ -181,9 +188,7 @@ class Generator:
             now = perf_counter()
             due = min(total, int((now - self.started) * rate) + 1)
             while self.sent < due and free:
-                connection = free.popleft()
-                connection.send(requests[self.sent], self.started + self.sent / rate)
-                self.sent += 1
+                self._send(free.popleft(), self.started + self.sent / rate)
             if self.sent < due:
                 self.queued += due - max(self.sent, queued_through)
                 queued_through = due

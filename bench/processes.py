@@ -32,7 +32,7 @@ class ProcessTimes:
 
 
 def parse_stat(text: str) -> ProcessTimes:
-    """Reads one /proc/PID/stat. The command name may hold spaces and parentheses, so fields count from its end."""
+    """Reads one /proc/PID/stat; fields count from the end of the command name, which may hold anything."""
     pid = int(text[: text.index(" ")])
     fields = text[text.rindex(")") + 2 :].split()
     user, system, child_user, child_system = (int(ticks) / _TICKS_PER_SECOND for ticks in fields[11:15])
@@ -68,11 +68,20 @@ def tree(processes: Mapping[int, ProcessTimes], root: int, without: Iterable[int
 
 @dataclass(frozen=True)
 class CpuClocks:
-    """CPU seconds that a target has used so far."""
+    """CPU seconds used so far: by a target's server, by its Postgres, by the server's first process
+    alone (`busiest`), and by everything on this machine."""
 
     server: float
     postgres: float
     busiest: float
+    machine: float
+
+
+def _machine_seconds() -> float:
+    # user nice system idle iowait irq softirq steal; what the hypervisor took away is lost to us as well.
+    line = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0]
+    ticks = [int(field) for field in line.split()[1:9]]
+    return (sum(ticks) - ticks[3] - ticks[4]) / _TICKS_PER_SECOND
 
 
 def cpu_clocks(server: int, postmaster: int | None) -> CpuClocks:
@@ -91,6 +100,7 @@ def cpu_clocks(server: int, postmaster: int | None) -> CpuClocks:
         server=sum(p.own + p.reaped for p in servers),
         postgres=sum(p.own + p.reaped for p in databases),
         busiest=processes[server].own,
+        machine=_machine_seconds(),
     )
 
 

@@ -118,15 +118,19 @@ def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def print_verdicts(verdicts: Iterable[Verdict]) -> None:
     rows = []
     for verdict in verdicts:
-        value = "-" if verdict.value is None else f"{verdict.value:.3g} {verdict.unit}"
-        goal = f"{'>=' if verdict.at_least else '<='} {verdict.goal:.3g} {verdict.unit}"
-        state = "pass" if verdict.passed else "FAIL" if verdict.required else "not yet"
-        rows.append(
-            (verdict.name, value, goal, state if verdict.value is not None else f"{state} (no value)")
-        )
+        value = "-" if verdict.value is None else f"{_short(verdict.value)} {verdict.unit}"
+        goal = f"{'>=' if verdict.at_least else '<='} {_short(verdict.goal)} {verdict.unit}"
+        state = "pass" if verdict.passed else "FAIL" if verdict.required else "below"
+        if verdict.value is None:
+            state = "FAIL, no value" if verdict.required else "no value"
+        rows.append((verdict.name, value, goal, state))
     print_table("Goals", ("goal", "measured", "wanted", "state"), rows)
 
 

@@ -1,4 +1,4 @@
-"""One measured load on one running target: generator started, CPU clocks read around it, rows compared with acks."""
+"""One measured load on one running target: CPU clocks read around it, rows compared with acks."""
 
 import json
 import subprocess
@@ -24,7 +24,9 @@ _HEADROOM = 2
 class Round:
     """One load and what it cost; CPU in microseconds per ack, of the server and of its Postgres.
 
-    `cpu` covers the load itself; `settled_*` also what was still on its way to services after the last ack.
+    `server_us` and `postgres_us` cover the load itself, `settled_*` also what was still on its way to
+    services after the last ack. Shares are in cores; `others_share` is what neither the target nor the
+    generator used, so a round disturbed by another program can be seen.
     """
 
     target: str
@@ -35,6 +37,7 @@ class Round:
     postgres_us: float
     server_share: float
     generator_share: float
+    others_share: float
     settled_seconds: float
     settled_server_us: float
     settled_postgres_us: float
@@ -125,7 +128,7 @@ async def settle(running: Running) -> None:
             raise ProcessFailed(
                 f"{running.target.name} had messages undelivered {SETTLE_SECONDS} s after the load"
             )
-        await trio.sleep(0.02)
+        await trio.sleep(0.05)
 
 
 async def measure(running: Running, number: int, spec: LoadSpec) -> Round:
@@ -143,6 +146,8 @@ async def measure(running: Running, number: int, spec: LoadSpec) -> Round:
     acks = max(1, load.ok)
     server_share = (after.busiest - before.busiest) / load.seconds
     generator_share = load.cpu_seconds / load.seconds
+    machine = after.machine - before.machine
+    ours = after.server - before.server + after.postgres - before.postgres + load.cpu_seconds
     return Round(
         target=running.target.name,
         number=number,
@@ -152,6 +157,7 @@ async def measure(running: Running, number: int, spec: LoadSpec) -> Round:
         postgres_us=(after.postgres - before.postgres) * 1e6 / acks,
         server_share=server_share,
         generator_share=generator_share,
+        others_share=max(0.0, machine - ours) / load.seconds,
         settled_seconds=settled_seconds,
         settled_server_us=(settled.server - before.server) * 1e6 / acks,
         settled_postgres_us=(settled.postgres - before.postgres) * 1e6 / acks,

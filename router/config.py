@@ -1,5 +1,4 @@
-"""What the rest of the router is told: frozen values with their defaults, and the error that lists what is
-wrong.
+"""What the rest of the router is told: frozen values with their defaults, and the error about them.
 
 Reading them from a file and the environment is in router.settings; what must hold between them in
 router.config_rules.
@@ -22,9 +21,7 @@ DEFAULT_DEADLINE_MS: Final = 15_000
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong: the setting's name, what is wrong with it, and what to do. Never a secret's
-    value.
-    """
+    """One thing that is wrong: the setting's name, what is wrong, what to do about it. Shows no secret."""
 
     name: str
     message: str
@@ -35,9 +32,7 @@ class Problem:
 
 
 class ConfigError(Exception):
-    """The configuration cannot be used; `problems` has everything that is wrong with it, not only the
-    first.
-    """
+    """The configuration cannot be used; `problems` has all that is wrong with it, not only the first."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems: tuple[Problem, ...] = tuple(problems)

@@ -72,6 +72,8 @@ def secret_name(app: str, part: str) -> str:
 def missing_secret(name: str, part: str, *, reason: str = "is not set") -> Problem:
     """The error for an app's secret or verify token that is not there."""
     fix = _VERIFY_TOKEN_FIX if part == "verify_token" else _APP_SECRET_FIX
+    if part == "secret_previous":
+        return Problem(name, reason, "set it to the secret before the rotation, or take it out")
     return Problem(name, reason, f"{fix}; to try things out without one: postroom serve --dev")
 
 
@@ -169,7 +171,7 @@ def _service_times(at: str, service: ServiceConfig) -> Iterator[Problem]:
     if service.timeout_ms > service.deadline_ms:
         yield Problem(
             f"{at}.timeout_ms",
-            f"{service.timeout_ms} ms for one attempt is longer than deadline_ms ({service.deadline_ms}) for all",
+            f"{service.timeout_ms} ms for one attempt exceeds deadline_ms ({service.deadline_ms}) for all",
             "lower timeout_ms or raise deadline_ms",
         )
 
@@ -241,7 +243,7 @@ def _keywords(config: Config) -> Iterator[Problem]:
                 yield Problem(
                     name,
                     f"{_quoted(word)} is claimed by {other} and by {domain}",
-                    f"remove it from one; keywords = {{{language} = [...]}} replaces a domain's default words",
+                    f"remove it from one; keywords = {{{language} = [...]}} replaces default words",
                 )
 
 

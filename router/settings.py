@@ -146,7 +146,12 @@ class _Reader:
         )
         if secret is None or verify_token is None:
             return None
-        previous = table.secret_previous_env or ("WHATSAPP_APP_SECRET_PREVIOUS" if own else None)
+        previous = table.secret_previous_env
+        if previous is not None and _ENV_NAME.fullmatch(previous) and previous not in self._environ:
+            if self._need_secrets and not self.dev:
+                self.problems.append(missing_secret(previous, "secret_previous"))
+        elif previous is None and own:
+            previous = "WHATSAPP_APP_SECRET_PREVIOUS"
         return AppConfig(
             name=name,
             secret=secret,
@@ -156,9 +161,7 @@ class _Reader:
         )
 
     def _secret(self, app: str, part: str, variable: str | None) -> str | None:
-        """An app's secret; None only where a command can do without. A missing one is reported or, in dev,
-        made.
-        """
+        """An app's secret. A missing one is reported, made (dev), or None (where a command needs none)."""
         setting = dotted("apps", app, f"{part}_env")
         if variable is None:
             self.report(setting, "is missing", "name the environment variable that has it")

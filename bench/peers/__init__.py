@@ -1,1 +1,1 @@
-"""Reference servers that `bench ack` compares with: the same durable webhook as a good engineer would write it on each framework."""
+"""The references of `bench ack`: the durable webhook as a good engineer would write it on each framework."""

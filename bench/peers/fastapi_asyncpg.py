@@ -1,6 +1,6 @@
-"""The reference on FastAPI: uvicorn with uvloop and httptools, one process, an asyncpg pool, a commit per message.
+"""The reference on FastAPI: uvicorn with uvloop and httptools, an asyncpg pool, a commit per message.
 
-Run as `python -m bench.peers.fastapi_asyncpg`; the connection string comes in PEER_DSN.
+One process. Run as `python -m bench.peers.fastapi_asyncpg`; the connection string comes in PEER_DSN.
 """
 
 import socket
@@ -18,6 +18,7 @@ from bench.peers.webhook import (
     INSERT,
     PATH,
     POOL_SIZE,
+    REFUSAL,
     PeerOptions,
     keep_nothing,
     peer_options,
@@ -66,7 +67,7 @@ def full_app(options: PeerOptions) -> FastAPI:
     async def webhook(request: Request) -> Response:
         body = await request.body()
         if not signature_matches(secret, body, request.headers.get("x-hub-signature-256")):
-            return Response(status_code=401)
+            return Response(REFUSAL, status_code=401, media_type="application/json")
         for wamid in wamids(body):
             await app.state.pool.execute(INSERT, wamid, body)
         return Response(ANSWER, media_type="application/json")

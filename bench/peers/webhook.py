@@ -13,6 +13,7 @@ import click
 import orjson
 
 ANSWER = b'{"status":"accepted"}'
+REFUSAL = b'{"error":"bad_signature"}'
 PATH = "/webhooks/whatsapp"
 POOL_SIZE = 20
 

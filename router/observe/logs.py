@@ -1,7 +1,8 @@
-"""Loggers for the library and the set-up of logging for the command line; what is masked is in router.observe.masking.
+"""Loggers for the library, and the set-up of logging for the command line. What is masked: observe.masking.
 
-Nothing is configured by importing this. Inside another program events go to that program's structlog configuration if
-it has one, else to the standard library's logging under the logger's name, masked in either case.
+Nothing is configured by importing this. Inside another program events go to that program's structlog
+configuration if it has one, else to the standard library's logging under the logger's name, masked in
+either case.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ LEVELS = {
 class Logger:
     """Writes events: a fixed text and named values, as in `log.info("flushed", rows=12, elapsed_ms=3.1)`.
 
-    `service=` and `domain=` name ours; a value under `name=` is taken for a person's and masked. `bind` gives a
-    logger that adds the same values to every event, for example `correlation_id`.
+    `service=` and `domain=` name ours; a value under `name=` is taken for a person's and masked. `bind`
+    gives a logger that adds the same values to every event, for example `correlation_id`.
     """
 
     __slots__ = ("_bound", "_name")
@@ -70,19 +71,33 @@ class Logger:
             return
         given = {**self._bound, **values}
         error = _exception_of(given.pop("exc_info", None))
-        masked = mask({"event": event, **given})
+        masked = mask({**given, "event": event})
         if error is not None:
             masked["exception"] = format_exception(error)
         text = masked.pop("event")
         if configured and structlog is not None:
             getattr(structlog.get_logger(self._name), level)(text, **masked)
         else:
-            target.log(LEVELS[level], "%s", _as_line(text, masked), extra={"postroom": masked})
+            target.log(LEVELS[level], "%s", _as_line(text, masked), extra={"postroom": masked}, stacklevel=3)
 
 
 def get_logger(name: str, **bound: Any) -> Logger:
     """The logger called `name`, usually the module's `__name__`; `bound` is added to each of its events."""
     return Logger(name, bound)
+
+
+def _exception_of(exc_info: object) -> BaseException | None:
+    if isinstance(exc_info, BaseException):
+        return exc_info
+    if isinstance(exc_info, tuple):
+        return _exception_of(exc_info[1])
+    return sys.exception() if exc_info else None
+
+
+def _as_line(event: str, values: dict[str, Any]) -> str:
+    shown = [f"{key}={value}" for key, value in values.items() if key != "exception"]
+    trace = f"\n{values['exception']}" if "exception" in values else ""
+    return " ".join([event, *shown]) + trace
 
 
 def mask_event(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -109,7 +124,7 @@ def configure_logging(
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.format_exc_info,
-        mask_event_of_record,
+        mask_event,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     handler = logging.StreamHandler(output)

@@ -47,6 +47,7 @@ _FAST_SHUTDOWN_SECONDS = 30
 _ORPHAN_SECONDS = 20
 _LONGEST_RETRY_SECONDS = 30
 _HELD_MEMORY = "pre-existing shared memory block"
+_ORPHANS = "waiting for the last processes of a killed Postgres to end"
 _RECOVERY = "automatic recovery in progress"
 
 
@@ -188,6 +189,7 @@ class EmbeddedPostgres:
         postgres = installation / "bin" / "postgres"
         directory = await trio.to_thread.run_sync(make_socket_dir, self._data_dir, account)
         patience = _Patience(self._report)
+        orphans = False
         while True:
             await trio.to_thread.run_sync(release_lock_files, self._pgdata, directory, account)
             child, offset = await trio.to_thread.run_sync(
@@ -199,18 +201,20 @@ class EmbeddedPostgres:
                     if find_postmaster(self._pgdata) == ready and await answers(directory):
                         return child.pid, self._log_since(offset)
                     if patience.due():
-                        patience.tick(f"Postgres is starting; {last_lines(self._log_since(offset), 1)}")
+                        said = last_lines(self._log_since(offset), 1)
+                        patience.tick(_ORPHANS if orphans and not said else f"Postgres is starting; {said}")
                     await trio.sleep(_POLL)
             except BaseException:
                 child.send_signal(signal.SIGINT)
                 raise
             said = self._log_since(offset)
-            if _HELD_MEMORY not in said or trio.current_time() - started > _ORPHAN_SECONDS:
+            orphans = _HELD_MEMORY in said
+            if not orphans or trio.current_time() - started > _ORPHAN_SECONDS:
                 raise EmbeddedPostgresError(
                     f"Postgres did not start (exit status {child.returncode}); repair what the last lines of "
                     f"{self._log} name:\n{last_lines(said)}"
                 )
-            patience.tick("waiting for the last processes of a killed Postgres to end")
+            patience.tick(_ORPHANS)
             await trio.sleep(0.1)
 
     async def _shut_down(self) -> None:

@@ -1,4 +1,4 @@
-"""A simulated phone population that sends signed webhooks as Meta would, and the ledger that judges their router.
+"""A simulated population of phones that sends signed webhooks as Meta would, and the ledger that judges.
 
 Imports nothing of the router: the judge shares no code with the judged. The builders of bodies are in
 `payloads`.

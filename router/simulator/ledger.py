@@ -1,4 +1,4 @@
-"""The sender's own ledger: what was sent, how it was answered, what services saw, and the verdict on all of it.
+"""The sender's own ledger: what was sent, how it was answered, what services saw, and the verdict.
 
 It believes nothing that the router says about itself. What the router stored, and what it calls a dead
 letter, is read by the caller and held against this.
@@ -70,7 +70,7 @@ class _Sight:
 
 
 class Ledger:
-    """Records as things happen, judges when asked. Keeps ids and texts, never bodies, so no signature and no secret."""
+    """Records as things happen, judges when asked. Keeps ids and texts, no bodies and no secrets."""
 
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
@@ -116,7 +116,7 @@ class Ledger:
         *,
         accepted: bool = True,
     ) -> None:
-        """The service of `domain` was handed the message `message_id` (Meta's) under the idempotency key `key`.
+        """The service of `domain` was handed the message `message_id` under the idempotency key `key`.
 
         To be called in the order in which the service got them. `attempt` counts from 1. `ordinal` and
         `text`, as far as the service could read them, must be those that were sent. `accepted` is False

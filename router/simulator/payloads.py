@@ -135,8 +135,9 @@ def button_message(head: Head, payload: str, text: str) -> Json:
     return message(head, "button", {"button": {"payload": payload, "text": text}})
 
 
-def order_message(head: Head, catalog_id: str, items: Sequence[tuple[str, int, float]], currency: str) ->
-Json:
+def order_message(
+    head: Head, catalog_id: str, items: Sequence[tuple[str, int, float]], currency: str
+) -> Json:
     """`items` are (product_retailer_id, quantity, price of one in `currency`, an ISO 4217 code)."""
     products = [
         {"product_retailer_id": product, "quantity": quantity, "item_price": price, "currency": currency}

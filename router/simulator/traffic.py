@@ -1,4 +1,4 @@
-"""Carries a population's deliveries to a webhook over many connections at once, and tells the ledger what happened."""
+"""Carries a population's deliveries to a webhook over many connections, and tells the ledger about each."""
 
 from __future__ import annotations
 

@@ -1,0 +1,398 @@
+"""The WhatsApp Cloud API channel: signature, parsing, and the split of one body into items. Pure: no
+I/O and no clock. What Meta signed is never refused here, it is put into a bucket with a reason.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from hashlib import blake2b, sha256
+from typing import Any
+
+import orjson
+
+from actors.messages import Bucket, Delivery, Incoming, Kind, StatusUpdate
+
+OBJECT = "whatsapp_business_account"
+MAX_BODY_BYTES = 3_145_728  # Meta's own limit for one webhook body
+MAX_ID_CHARS = 512  # far above any id that Meta sends; ids are keys of btree indexes
+
+# Where a status stands on its way; it only moves forward. `deleted` and `played` are ends of their own.
+STATUS_RANK = {"sent": 1, "delivered": 2, "failed": 2, "read": 3, "played": 4, "deleted": 5}
+
+
+def signature_is_valid(header: str | bytes | None, body: bytes, app_secrets: Iterable[bytes]) -> bool:
+    """Whether `X-Hub-Signature-256` is the HMAC-SHA256 of these bytes under one of the secrets.
+
+    Compared in constant time, and under every secret, so that time does not tell which one is live.
+    """
+    if isinstance(header, bytes):
+        header = header.decode("latin-1")
+    given = header.encode("latin-1", "replace") if header is not None else b""
+    valid = False
+    for secret in app_secrets:
+        expected = b"sha256=" + hmac.digest(secret, body, sha256).hex().encode()
+        valid |= hmac.compare_digest(given, expected)
+    return valid
+
+
+def parse(body: bytes) -> Any:
+    """The JSON value. The lenient parser takes what the fast one refuses: lone surrogates, NaN.
+
+    Raises:
+        ValueError: it is not JSON, or nested too deep.
+    """
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        pass
+    try:
+        return json.loads(body.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {type(error).__name__}") from None
+
+
+def encode(value: Any) -> bytes:
+    """JSON bytes of a parsed value, also where a text in it has no UTF-8 form."""
+    try:
+        return orjson.dumps(value)
+    except TypeError:
+        return json.dumps(value, ensure_ascii=True, separators=(",", ":")).encode("ascii")
+
+
+class Splitter:
+    """Splits the bodies of one app. `dedup_key` keys the ledger's hashes; `is_ours(number)` says whether
+    a phone_number_id may be signed for by this app.
+    """
+
+    def __init__(
+        self,
+        app: str,
+        *,
+        dedup_key: bytes,
+        is_ours: Callable[[str], bool],
+        random_key: Callable[[], bytes] = lambda: secrets.token_bytes(16),
+    ) -> None:
+        self._app = app
+        self._dedup_key = dedup_key
+        self._is_ours = is_ours
+        self._random_key = random_key
+
+    def delivery(
+        self,
+        body: bytes,
+        *,
+        correlation_id: str,
+        traceparent: str | None,
+        settle: Callable[[bool], None],
+    ) -> Delivery:
+        """The body with its items. Never raises for anything that the bytes hold."""
+        try:
+            document = parse(body)
+        except ValueError:
+            document = None
+            items = [self._bucketed(Kind.BODY, "", Bucket.MALFORMED, "unparseable")]
+        else:
+            items = self.split(document)
+
+        def without(positions: frozenset[int]) -> Delivery | None:
+            left = cut(document, {items[position].path for position in positions})
+            if left is None:
+                return None
+            rest = self.delivery(
+                encode(left), correlation_id=correlation_id, traceparent=traceparent, settle=settle
+            )
+            rest.partial = True
+            return rest
+
+        return Delivery(
+            app=self._app,
+            body=body,
+            items=items,
+            correlation_id=correlation_id,
+            traceparent=traceparent,
+            without=without,
+            settle=settle,
+        )
+
+    def split(self, document: Any) -> list[Incoming]:
+        """Every item of a parsed body, in the order it stands there; never an empty list."""
+        if not isinstance(document, dict):
+            return [self._bucketed(Kind.BODY, "", Bucket.MALFORMED, "not_an_object")]
+        if document.get("object") != OBJECT:
+            return [self._bucketed(Kind.BODY, "", Bucket.MALFORMED, "wrong_object")]
+        entries = document.get("entry")
+        if not isinstance(entries, list) or not entries:
+            return [self._bucketed(Kind.BODY, "", Bucket.MALFORMED, "no_entry")]
+        items: list[Incoming] = []
+        for e, entry in enumerate(entries):
+            changes = entry.get("changes") if isinstance(entry, dict) else None
+            if not isinstance(changes, list) or not changes:
+                items.append(self._bucketed(Kind.CHANGE, f"{e}", Bucket.MALFORMED, "no_changes"))
+                continue
+            for c, change in enumerate(changes):
+                items.extend(self._split_change(change, f"{e}.{c}"))
+        return items
+
+    def _split_change(self, change: Any, path: str) -> Iterator[Incoming]:
+        if not isinstance(change, dict):
+            yield self._bucketed(Kind.CHANGE, path, Bucket.MALFORMED, "not_an_object")
+            return
+        field, value = change.get("field"), change.get("value")
+        if field != "messages":
+            reason = field if isinstance(field, str) and _storable(field) else "unknown_field"
+            yield self._bucketed(Kind.CHANGE, path, Bucket.HANDLED, reason)
+            return
+        if not isinstance(value, dict):
+            yield self._bucketed(Kind.CHANGE, path, Bucket.MALFORMED, "no_value")
+            return
+        metadata = value.get("metadata")
+        number = metadata.get("phone_number_id") if isinstance(metadata, dict) else None
+        wrong = None
+        if not isinstance(number, str) or not _storable(number):
+            number, wrong = None, "no_phone_number_id"
+        elif not self._is_ours(number):
+            wrong = "foreign_number"
+        contacts = value.get("contacts")
+        empty = True
+        for message_path, message in _listed(value, "messages", path, "m"):
+            empty = False
+            yield self._message(message, message_path, number, wrong, contacts)
+        for status_path, status in _listed(value, "statuses", path, "s"):
+            empty = False
+            yield self._status(status, status_path, number, wrong)
+        for error_path, _error in _listed(value, "errors", path, "e"):
+            empty = False
+            bucket = Bucket.MALFORMED if wrong else Bucket.HANDLED
+            yield self._bucketed(Kind.ERROR, error_path, bucket, wrong or "error", number)
+        if empty:
+            yield self._bucketed(Kind.CHANGE, path, Bucket.HANDLED, "messages")
+
+    def _message(
+        self, message: Any, path: str, number: str | None, wrong: str | None, contacts: Any
+    ) -> Incoming:
+        if not isinstance(message, dict):
+            return self._bucketed(Kind.MESSAGE, path, Bucket.MALFORMED, "not_an_object", number)
+        message_id = _text(message, "id")
+        kind = _text(message, "type")
+        if wrong is None:
+            if message_id is None:
+                wrong = "no_id"
+            elif not _storable(message_id):
+                message_id, wrong = None, "unstorable_id"
+        if wrong is not None or number is None or message_id is None:
+            item = self._bucketed(Kind.MESSAGE, path, Bucket.MALFORMED, wrong, number)
+            if message_id is not None and _storable(message_id):
+                item.message_id = message_id
+            return item
+        contact = _contact(message, contacts)
+        wa_id, user_id, names = _names(message, contact)
+        item = Incoming(
+            Kind.MESSAGE,
+            self.message_key(number, message_id),
+            True,
+            path=path,
+            message_id=message_id,
+            phone_number_id=number,
+            names=names,
+            wa_id=wa_id,
+            user_id=user_id,
+            type=kind if kind is not None and _storable(kind) else None,
+            message=message,
+            contact=contact,
+        )
+        if not names:
+            item.bucket, item.reason = Bucket.MALFORMED, "no_sender"
+        return item
+
+    def _status(self, status: Any, path: str, number: str | None, wrong: str | None) -> Incoming:
+        if not isinstance(status, dict):
+            return self._bucketed(Kind.STATUS, path, Bucket.MALFORMED, "not_an_object", number)
+        message_id, name = _text(status, "id"), _text(status, "status")
+        if wrong is None and (
+            message_id is None or name is None or not _storable(message_id) or not _storable(name)
+        ):
+            wrong = "no_id" if message_id is None else "no_status" if name is None else "unstorable_id"
+        if wrong is not None or message_id is None or name is None or number is None:
+            return self._bucketed(Kind.STATUS, path, Bucket.MALFORMED, wrong, number)
+        stamp = status.get("timestamp")
+        return Incoming(
+            Kind.STATUS,
+            self.status_key(message_id, name, str(stamp)),
+            True,
+            path=path,
+            message_id=message_id,
+            phone_number_id=number,
+            type=name,
+            bucket=Bucket.HANDLED,
+            reason="status",
+            status=StatusUpdate(name, STATUS_RANK.get(name, 0), _seconds(stamp)),
+        )
+
+    def message_key(self, number: str, message_id: str) -> bytes:
+        """The ledger's 16-byte hash of a message; also the body of its idempotency key."""
+        return self._hash(b"m", number, message_id)
+
+    def status_key(self, message_id: str, status: str, timestamp: str) -> bytes:
+        """The ledger's hash of a status."""
+        return self._hash(b"s", message_id, status, timestamp)
+
+    def _hash(self, kind: bytes, *parts: str) -> bytes:
+        text = "\0".join(parts).encode("utf-8", "surrogatepass")
+        return blake2b(text, digest_size=16, key=self._dedup_key, person=kind).digest()
+
+    def _bucketed(
+        self, kind: Kind, path: str, bucket: Bucket, reason: str | None, number: str | None = None
+    ) -> Incoming:
+        return Incoming(
+            kind, self._random_key(), False, path=path, phone_number_id=number, bucket=bucket, reason=reason
+        )
+
+
+def item_at(document: Any, path: str) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
+    """The message that a path (`entry.change.m+index`) names in a stored body, and its contact.
+
+    Raises:
+        LookupError: there is no message at that path.
+    """
+    try:
+        e, c, m = path.split(".")
+        value = document["entry"][int(e)]["changes"][int(c)]["value"]
+        message = value["messages"][int(m[1:])]
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise LookupError(f"no message at {path!r}") from error
+    return message, _contact(message, value.get("contacts"))
+
+
+def sender(message: Mapping[str, Any], contact: Mapping[str, Any] | None) -> tuple[str | None, str | None]:
+    """(wa_id, user_id) of a message's sender."""
+    wa_id, user_id, _ = _names(message, contact)
+    return wa_id, user_id
+
+
+def cut(document: Any, paths: set[str]) -> Any:
+    """The document without the items at these paths, without contacts that only they had, and without
+    changes and entries that are empty then; None when nothing is left.
+    """
+    entries = []
+    for e, entry in enumerate(document["entry"]):
+        if not isinstance(entry, dict) or not isinstance(entry.get("changes"), list):
+            if f"{e}" not in paths:
+                entries.append(entry)
+            continue
+        changes = [
+            left
+            for c, change in enumerate(entry["changes"])
+            if (left := _cut_change(change, f"{e}.{c}", paths)) is not None
+        ]
+        if changes:
+            entries.append({**entry, "changes": changes})
+    return {**document, "entry": entries} if entries else None
+
+
+def _cut_change(change: Any, path: str, paths: set[str]) -> Any:
+    if path in paths:
+        return None
+    value = change.get("value") if isinstance(change, dict) else None
+    if not isinstance(value, dict):
+        return change
+    left = dict(value)
+    touched = False
+    for name, letter in (("messages", "m"), ("statuses", "s"), ("errors", "e")):
+        listed = value.get(name)
+        if isinstance(listed, list):
+            kept = [one for i, one in enumerate(listed) if f"{path}.{letter}{i}" not in paths]
+            touched |= len(kept) != len(listed)
+            if kept:
+                left[name] = kept
+            else:
+                del left[name]
+    if not touched:
+        return change
+    if not any(name in left for name in ("messages", "statuses", "errors")):
+        return None
+    contacts = value.get("contacts")
+    if isinstance(contacts, list):
+        kept_messages = left.get("messages", [])
+        needed = [_contact(message, contacts) for message in kept_messages if isinstance(message, dict)]
+        left["contacts"] = [one for one in contacts if any(one is other for other in needed)]
+        if not left["contacts"]:
+            del left["contacts"]
+    return {**change, "value": left}
+
+
+def _listed(value: Mapping[str, Any], name: str, path: str, letter: str) -> Iterator[tuple[str, Any]]:
+    listed = value.get(name)
+    if isinstance(listed, list):
+        for index, one in enumerate(listed):
+            yield f"{path}.{letter}{index}", one
+
+
+def _contact(message: Mapping[str, Any], contacts: Any) -> dict[str, Any] | None:
+    """The contact that names this message's sender, by number or by business-scoped id."""
+    if not isinstance(contacts, list):
+        return None
+    wa_id, user_id = message.get("from"), message.get("from_user_id")
+    for contact in contacts:
+        if isinstance(contact, dict) and (
+            (wa_id is not None and contact.get("wa_id") == wa_id)
+            or (user_id is not None and contact.get("user_id") == user_id)
+        ):
+            return contact
+    return None
+
+
+def _names(
+    message: Mapping[str, Any], contact: Mapping[str, Any] | None
+) -> tuple[str | None, str | None, tuple[str, ...]]:
+    """(wa_id, user_id, names). A group is one conversation whoever writes in it."""
+    found = contact or {}
+    wa_id = _name(message, "from") or _name(found, "wa_id")
+    user_id = _name(message, "from_user_id") or _name(found, "user_id")
+    user_id = user_id or _name(message, "from_parent_user_id") or _name(found, "parent_user_id")
+    group = _name(message, "group_id")
+    if group is not None:
+        return wa_id, user_id, (f"group:{group}",)
+    return wa_id, user_id, tuple(name for name in (wa_id, user_id) if name is not None)
+
+
+def _name(source: Mapping[str, Any], key: str) -> str | None:
+    text = _text(source, key)
+    return text if text is not None and _storable(text) else None
+
+
+def _text(source: Mapping[str, Any], key: str) -> str | None:
+    value = source.get(key)
+    return value if isinstance(value, str) and value else None
+
+
+def _storable(text: str) -> bool:
+    """Postgres text takes neither NUL nor lone surrogates, and an index entry has a limit."""
+    return len(text) <= MAX_ID_CHARS and (
+        (text.isascii() and "\0" not in text)
+        or ("\0" not in text and not any("\ud800" <= char <= "\udfff" for char in text))
+    )
+
+
+def _seconds(value: Any) -> int | None:
+    """Unix seconds as Meta sends them, as text; None when they are no time that Postgres could hold."""
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        return None
+    try:
+        seconds = int(value)
+    except ValueError:
+        return None
+    return seconds if 0 <= seconds < 253_402_300_800 else None  # before the year 10000
+
+
+def challenge(query: Sequence[tuple[str, str]], verify_token: str) -> str | None:
+    """The answer to Meta's handshake, or None when it must be refused."""
+    asked = dict(query)
+    token = asked.get("hub.verify_token", "")
+    answer = asked.get("hub.challenge")
+    if asked.get("hub.mode") != "subscribe" or answer is None:
+        return None
+    matches = hmac.compare_digest(token.encode("utf-8", "replace"), verify_token.encode("utf-8"))
+    return answer if matches else None

@@ -1,0 +1,87 @@
+"""asyncpg speaks asyncio: one uvloop loop in one thread, behind a port that trio tasks call. A flush
+crosses it once. Why a thread: docs/decisions/0001-asyncpg-bridge.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar, cast
+
+import trio
+import uvloop
+
+T = TypeVar("T")
+
+
+class Bridge:
+    """Runs coroutines on the storage thread's loop. Open it with `open_bridge`."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, token: trio.lowlevel.TrioToken) -> None:
+        self._loop = loop
+        self._token = token
+
+    async def run(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run `make()` over there and wait for its result.
+
+        Cancelled here: the coroutine is cancelled over there and waited for, so that no connection is
+        left in the middle of a statement; a result that it had by then is dropped.
+        """
+        task = trio.lowlevel.current_task()
+        running: asyncio.Task[None] | None = None
+        value: T | None = None
+        error: BaseException | None = None
+        ended = cancelled = False
+
+        async def work() -> None:
+            nonlocal value, error, ended
+            try:
+                value = await make()
+            except BaseException as raised:
+                error = raised
+            ended = True
+            self._token.run_sync_soon(trio.lowlevel.reschedule, task)
+
+        def start() -> None:
+            nonlocal running
+            running = self._loop.create_task(work())
+
+        def cancel() -> None:
+            if running is not None and not ended:
+                running.cancel()
+
+        def abort(_: object) -> trio.lowlevel.Abort:
+            nonlocal cancelled
+            cancelled = True
+            self._loop.call_soon_threadsafe(cancel)
+            return trio.lowlevel.Abort.FAILED  # the coroutine's end wakes this task
+
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self._loop.call_soon_threadsafe(start)
+        await trio.lowlevel.wait_task_rescheduled(abort)
+        if cancelled:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        if error is not None:
+            raise error
+        return cast(T, value)
+
+    def call_soon(self, function: Callable[[], object]) -> None:
+        """From the storage thread: run a function in the trio thread."""
+        self._token.run_sync_soon(function)
+
+
+@asynccontextmanager
+async def open_bridge() -> AsyncIterator[Bridge]:
+    """A storage thread for as long as the block runs; every coroutine must have ended by then."""
+    loop = uvloop.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="postroom-storage", daemon=True)
+    thread.start()
+    try:
+        yield Bridge(loop, trio.lowlevel.current_trio_token())
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(thread.join)
+        loop.close()

@@ -1,0 +1,202 @@
+"""The journal on Postgres: one statement, one round trip, one transaction for each flush and each batch
+of completions. What the statements do stands in migrations/0001_journal.sql.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+import asyncpg
+
+from actors.messages import Appended, Backlog, Completion, Delivery, Duplicates, Item, Session
+from actors.ports import Clock
+
+from . import rows
+from .bridge import Bridge
+from .connections import Line, Lines
+from .errors import FLUSH_GIVEN_UP, TRANSIENT, translated
+from .statements import statements
+
+LEDGER_GENERATION = timedelta(days=8)  # dedup is guaranteed for 8 to 16 days (Meta redelivers for 7)
+PARTITIONS_AHEAD = 4  # weeks and months
+PATIENCE = 2.0  # seconds that a flush waits for a database that is just being restarted
+
+
+class PostgresJournal:
+    """One per process. `notify` is asked at each flush: true when another process delivers."""
+
+    def __init__(
+        self, bridge: Bridge, dsn: Callable[[], str], *, clock: Clock, notify: Callable[[], bool]
+    ) -> None:
+        self._bridge = bridge
+        self._clock = clock
+        self._notify = notify
+        self._writer = uuid.uuid4()
+        self._flush = 0
+        self._append_line = Line(dsn, "append", on_open=self._register)
+        self._complete_line = Line(dsn, "complete")
+        self._ddl_line = Line(dsn, "ddl")
+        self._read_lines = Lines(dsn, "read", 2)
+
+    async def close(self) -> None:
+        async def close() -> None:
+            for line in (self._append_line, self._complete_line, self._ddl_line, self._read_lines):
+                await line.close()
+
+        await self._bridge.run(close)
+
+    # Writing
+
+    async def append(
+        self, deliveries: Sequence[Delivery], *, duplicates: int
+    ) -> Appended | Duplicates | None:
+        arguments = rows.flush_arguments(deliveries)
+        return await self._bridge.run(lambda: self._append(self._clock(), duplicates, arguments))
+
+    async def _append(
+        self, now: datetime, duplicates: int, arguments: list[Any]
+    ) -> Appended | Duplicates | None:
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + PATIENCE
+        in_doubt = False
+        while True:
+            try:
+                async with self._append_line.use() as connection:
+                    if in_doubt:
+                        if await connection.fetchval(_SQL["resolve_flush"], self._writer, self._flush):
+                            return None
+                        in_doubt = False
+                    self._flush += 1
+                    in_doubt = True
+                    row = await connection.fetchrow(
+                        _SQL["append"], self._writer, self._flush, now, self._notify(), duplicates, *arguments
+                    )
+                    return _appended(row, now)
+            except (asyncpg.PostgresError, *TRANSIENT) as error:
+                if _was_rolled_back(error):
+                    in_doubt = False
+                    if getattr(error, "sqlstate", None) != FLUSH_GIVEN_UP:
+                        with translated("append"):
+                            raise
+                self._append_line.drop()
+                if loop.time() >= give_up:
+                    with translated("append"):
+                        raise
+                await asyncio.sleep(0.05)
+
+    async def _register(self, connection: asyncpg.Connection) -> None:
+        await connection.execute(
+            _SQL["register_writer"], self._writer, max(self._flush - 1, 0), self._clock()
+        )
+
+    async def complete(
+        self, completions: Sequence[Completion], *, epoch: int, low_water: int, stragglers: Sequence[int]
+    ) -> None:
+        now = self._clock()
+        first = [completion for completion in completions if completion.item.dead_letter is None]
+        replays = [completion for completion in completions if completion.item.dead_letter is not None]
+        arguments = rows.completion_arguments(first, now)
+        replay_arguments = [rows.replay_arguments(replay, now) for replay in replays]
+
+        async def complete() -> None:
+            with translated("complete"):
+                try:
+                    async with self._complete_line.use() as connection:
+                        await connection.execute(
+                            _SQL["complete"], epoch, now, low_water, stragglers, *arguments
+                        )
+                        for replay in replay_arguments:
+                            await connection.execute(_SQL["complete_replay"], epoch, now, *replay)
+                except TRANSIENT:
+                    self._complete_line.drop()
+                    raise
+
+        await self._bridge.run(complete)
+
+    # Reading
+
+    async def undelivered(self) -> Backlog:
+        found = await self._fetch("newest")
+        newest: int = found[0][0]
+        open_items = await self._fetch("undelivered")
+        if open_items:
+            newest = open_items[0]["newest"]
+        return Backlog([(row["seq"], row["session_key"]) for row in open_items], newest)
+
+    async def tail(self, after: int, limit: int) -> tuple[list[Item], int]:
+        newest: int = (await self._fetch("newest"))[0][0]
+        last = min(newest, after + limit)
+        if last <= after:
+            return [], after
+        return rows.items_of(await self._fetch("tail", after, last)), last
+
+    async def read(self, seqs: Sequence[int]) -> list[Item]:
+        return rows.items_of(await self._fetch("read", list(seqs)))
+
+    async def load_sessions(self, keys: Sequence[str]) -> Mapping[str, tuple[Session, datetime]]:
+        found = await self._fetch("load_sessions", list(keys))
+        return {row["session_key"]: (rows.session_of(row), row["last_interaction"]) for row in found}
+
+    async def home_menu(self) -> list[Any]:
+        """The active rows of the home menu: country, language, domain, title, description."""
+        return await self._fetch("home_menu")
+
+    async def dedup_key(self) -> bytes:
+        """The key of the ledger's hashes."""
+        value: bytes = (await self._fetch("dedup_key"))[0][0]
+        return value
+
+    async def claim_dead_letters(self, epoch: int, limit: int) -> list[tuple[str, int, str, int]]:
+        """(id, seq, service, revision) of dead letters that are to be retried now, marked as processing."""
+        claimed = await self._fetch("claim_dead_letters", epoch, self._clock(), limit)
+        return [(str(row["id"]), row["seq"], row["service"], row["revision"]) for row in claimed]
+
+    async def _fetch(self, name: str, *arguments: Any) -> list[Any]:
+        async def fetch() -> list[Any]:
+            with translated(name):
+                return await self._read_lines.fetch(_SQL[name], *arguments)
+
+        return await self._bridge.run(fetch)
+
+    # Housekeeping
+
+    async def keep_house(self) -> None:
+        """Partitions ahead and the ledger's rotation, over a connection of its own with a lock timeout."""
+
+        async def keep() -> None:
+            with translated("keep_house"):
+                async with self._ddl_line.use() as connection:
+                    await connection.execute("SET lock_timeout = '2s'")
+                    await connection.execute(_SQL["make_partitions"], self._clock(), PARTITIONS_AHEAD)
+                    await connection.execute(_SQL["rotate_dedup_ledger"], self._clock(), LEDGER_GENERATION)
+
+        await self._bridge.run(keep)
+
+
+def _was_rolled_back(error: BaseException) -> bool:
+    """The server itself said that the statement failed. Class 57 is a server going away: it may have
+    committed first."""
+    return (
+        isinstance(error, asyncpg.PostgresError)
+        and not isinstance(error, asyncpg.PostgresConnectionError | asyncpg.OperatorInterventionError)
+        and error.sqlstate is not None
+    )
+
+
+def _appended(row: Any, now: datetime) -> Appended | Duplicates:
+    if row["dup_positions"] is not None:
+        return Duplicates([position - 1 for position in row["dup_positions"]], list(row["dup_seqs"]))
+    joins = zip(row["join_positions"] or (), row["join_keys"] or (), strict=True)
+    return Appended(
+        first_seq=row["first_seq"],
+        session_keys=row["session_keys"] or [],
+        joins={position - 1: key for position, key in joins},
+        received_at=now,
+    )
+
+
+_SQL = {**statements("journal"), "claim_dead_letters": statements("dead_letters")["claim"]}

@@ -1,0 +1,12 @@
+-- name: hold_session_lock
+-- Only a hint: it is free as soon as the holder's database session has ended, before the lease runs out.
+SELECT pg_try_advisory_lock(7305, 4);
+
+-- name: take
+SELECT postroom_take_lease($1, $2, $3);
+
+-- name: renew
+SELECT postroom_renew_lease($1, $2);
+
+-- name: end
+SELECT postroom_end_lease($1);

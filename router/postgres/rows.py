@@ -1,0 +1,246 @@
+"""Turns flushes and completions into the arrays of one statement each, and rows back into items. Pure."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import orjson
+
+from actors.messages import Bucket, Completion, Delivery, Incoming, Item, Session
+from router.channels import whatsapp
+
+_UNIX_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_NO_JSONB = re.compile(r"\\u(?:0000|[dD][89a-fA-F][0-9a-fA-F]{2})")
+
+
+def flush_arguments(deliveries: Sequence[Delivery]) -> list[Any]:
+    """postroom_append's arguments from p_malformed on."""
+    apps: list[str] = []
+    correlations: list[str] = []
+    traces: list[str | None] = []
+    partial: list[bool] = []
+    bodies: list[bytes] = []
+    columns: list[tuple[Any, ...]] = []
+    furthest: dict[tuple[str, str], Incoming] = {}
+    malformed = handled = 0
+    for number, delivery in enumerate(deliveries, 1):
+        apps.append(delivery.app)
+        correlations.append(delivery.correlation_id)
+        traces.append(delivery.traceparent)
+        partial.append(delivery.partial)
+        bodies.append(delivery.body)
+        for item in delivery.items:
+            bucket = item.bucket
+            names: tuple[str | None, ...] = ()
+            if bucket is None:
+                names = item.names
+            elif bucket is Bucket.MALFORMED:
+                malformed += 1
+            else:
+                handled += 1
+                if item.status is not None:
+                    _keep_furthest(furthest, item)
+            columns.append(
+                (
+                    number,
+                    item.key,
+                    item.deduplicated,
+                    item.kind,
+                    item.path,
+                    item.message_id,
+                    item.phone_number_id,
+                    names[0] if names else None,
+                    names[1] if len(names) > 1 else None,
+                    item.type,
+                    bucket,
+                    item.reason,
+                )
+            )
+    items = [list(column) for column in zip(*columns, strict=True)] if columns else [[] for _ in range(12)]
+    return [malformed, handled, apps, correlations, traces, partial, bodies, *items, *_statuses(furthest)]
+
+
+def _keep_furthest(furthest: dict[tuple[str, str], Incoming], item: Incoming) -> None:
+    assert item.status is not None
+    named = (item.phone_number_id or "", item.message_id or "")
+    known = furthest.get(named)
+    if known is None or known.status is None or known.status.rank < item.status.rank:
+        furthest[named] = item
+
+
+def _statuses(furthest: Mapping[tuple[str, str], Incoming]) -> list[list[Any]]:
+    columns: list[list[Any]] = [[], [], [], [], []]
+    for (number, message_id), item in sorted(furthest.items()):
+        status = item.status
+        if status is not None:
+            stamp = status.timestamp
+            at = None if stamp is None else _UNIX_EPOCH + timedelta(seconds=stamp)
+            for column, value in zip(
+                columns, (number, message_id, status.status, status.rank, at), strict=True
+            ):
+                column.append(value)
+    return columns
+
+
+def items_of(rows: Iterable[Any]) -> list[Item]:
+    """Items from the rows of `tail` or `read`. One whose bytes are gone is left out."""
+    items: list[Item] = []
+    documents: dict[int, Any] = {}
+    for row in rows:
+        event_id = row["event_id"]
+        if row["body"] is None or row["session_key"] is None:
+            continue
+        if event_id not in documents:
+            documents[event_id] = whatsapp.parse(row["body"])
+        try:
+            message, contact = whatsapp.item_at(documents[event_id], row["path"])
+        except LookupError:
+            continue
+        wa_id, user_id = whatsapp.sender(message, contact)
+        items.append(
+            Item(
+                seq=row["seq"],
+                key=f"msg_{row['key'].hex()}",
+                message_id=row["message_id"],
+                session_key=row["session_key"],
+                phone_number_id=row["phone_number_id"],
+                wa_id=wa_id,
+                user_id=user_id,
+                received_at=row["received_at"],
+                correlation_id=row["correlation_id"],
+                traceparent=row["traceparent"],
+                message=message,
+                contact=contact,
+                joins=row["joins"],
+            )
+        )
+    return items
+
+
+def session_of(row: Any) -> Session:
+    """A stored session."""
+    return Session(
+        key=row["session_key"],
+        phone_number_id=row["phone_number_id"],
+        wa_id=row["wa_id"],
+        user_id=row["user_id"],
+        active_service=row["active_service"],
+        state=orjson.loads(row["state"]),
+        version=row["version"],
+    )
+
+
+def jsonb(value: Any) -> str:
+    """JSON text that jsonb takes: what it has no room for becomes the replacement character."""
+    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), default=str)
+    return _NO_JSONB.sub(r"\\ufffd", text) if "\\u" in text else text
+
+
+def text(value: str) -> str:
+    """Text that Postgres takes."""
+    return value.replace("\0", "\ufffd").encode("utf-8", "replace").decode("utf-8")
+
+
+def completion_arguments(completions: Sequence[Completion], now: datetime) -> list[Any]:
+    """postroom_complete's arguments from c_seq on. Of several sessions' changes the last one counts."""
+    done: list[tuple[Any, ...]] = []
+    replies: list[tuple[Any, ...]] = []
+    letters: list[tuple[Any, ...]] = []
+    sessions: dict[str, Session] = {}
+    for completion in completions:
+        item = completion.item
+        done.append(
+            (
+                item.seq,
+                item.received_at,
+                completion.place,
+                completion.service,
+                completion.rule,
+                completion.attempts,
+                completion.unreadable_answer,
+            )
+        )
+        if completion.session is not None:
+            sessions[item.session_key] = completion.session
+        for ordinal, reply in enumerate(completion.replies, 1):
+            replies.append(
+                (
+                    item.seq,
+                    ordinal,
+                    item.session_key,
+                    item.phone_number_id,
+                    item.wa_id or item.user_id,
+                    completion.service,
+                    jsonb(reply),
+                    item.correlation_id,
+                )
+            )
+        letter = completion.dead_letter
+        if letter is not None:
+            due = None if letter.retry_in is None else now + timedelta(seconds=letter.retry_in)
+            letters.append(
+                (
+                    item.seq,
+                    item.received_at,
+                    item.wa_id or item.user_id,
+                    completion.service or "",
+                    jsonb(item.message),
+                    text(letter.error),
+                    letter.status,
+                    letter.resolution,
+                    due,
+                    item.message_id,
+                    item.session_key,
+                    completion.attempts,
+                    item.correlation_id,
+                )
+            )
+    changes = [session_arguments(key, session) for key, session in sorted(sessions.items())]
+    return [*_columns(done, 7), *_columns(changes, 7), *_columns(replies, 8), *_columns(letters, 13)]
+
+
+def session_arguments(key: str, session: Session) -> tuple[Any, ...]:
+    """A session's columns: key, number, wa_id, user_id, active service, state, version."""
+    return (
+        key,
+        session.phone_number_id,
+        session.wa_id,
+        session.user_id,
+        session.active_service,
+        jsonb(session.state),
+        session.version,
+    )
+
+
+def replay_arguments(completion: Completion, now: datetime) -> list[Any]:
+    """postroom_complete_replay's arguments from p_id on."""
+    item, letter, session = completion.item, completion.dead_letter, completion.session
+    outcome, resolution, status, error, due = "delivered", "reprocessed", "reprocessed", None, None
+    if letter is not None:
+        outcome, resolution = completion.place.value, letter.resolution or ""
+        status, error = letter.status, text(letter.error)
+        due = None if letter.retry_in is None else now + timedelta(seconds=letter.retry_in)
+    change: tuple[Any, ...] = (None,) * 7
+    if session is not None:
+        change = session_arguments(item.session_key, session)
+    return [
+        uuid.UUID(item.dead_letter),
+        outcome,
+        resolution or None,
+        status,
+        error,
+        due,
+        completion.attempts,
+        *change,
+        item.wa_id or item.user_id,
+        [jsonb(reply) for reply in completion.replies],
+    ]
+
+
+def _columns(rows: list[tuple[Any, ...]], width: int) -> list[list[Any]]:
+    return [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in range(width)]

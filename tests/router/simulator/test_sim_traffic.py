@@ -1,0 +1,189 @@
+"""Traffic carries everything until it is answered 200, keeps its schedule and stops; the ledger agrees."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from router.simulator import Answer, Ledger, NotAnswered, Population, run_traffic
+
+NUMBERS = ("1001", "1002")
+TEXTS = {"rides": ["taxi"], "insurance": ["insurance"]}
+
+
+@dataclass
+class Router:
+    """What a router must do, in memory: keep each message once, in order; answers are late or missing."""
+
+    rng: Random
+    ledger: Ledger
+    pause: float = 0.01
+    failing: float = 0.0
+    forgetful: bool = False
+    forgotten: str = ""
+    kept: dict[str, str] = field(default_factory=dict)
+    domains: dict[str, str] = field(default_factory=dict)
+    posts: list[float] = field(default_factory=list)
+    busy: int = 0
+    busiest: int = 0
+
+    async def post(self, body: bytes) -> Answer:
+        self.posts.append(trio.current_time())
+        self.busy += 1
+        self.busiest = max(self.busy, self.busiest)
+        try:
+            await trio.sleep(self.pause * self.rng.random() * 2)
+            draw = self.rng.random()
+            if draw < self.failing / 3:
+                return Answer(503, {}, b"", 0.5)
+            if draw >= self.failing or draw < self.failing * 2 / 3:
+                self.keep(body)
+            if draw < self.failing:
+                raise NotAnswered("gone")
+            return Answer(200, {}, b"", self.pause)
+        finally:
+            self.busy -= 1
+
+    def close(self) -> None:
+        pass
+
+    def keep(self, body: bytes) -> None:
+        for entry in json.loads(body)["entry"]:
+            for change in entry["changes"]:
+                for one in change["value"].get("messages", []):
+                    self.take(one)
+
+    def take(self, message: dict[str, Any]) -> None:
+        message_id, sender = message["id"], message["from"]
+        if message_id in self.kept:
+            return
+        self.kept[message_id] = sender
+        if self.forgetful and sender in self.domains:
+            self.forgetful, self.forgotten = False, message_id
+            return
+        text = message.get("text", {}).get("body")
+        domain = next((name for name, words in TEXTS.items() if text in words), None)
+        domain = self.domains.setdefault(sender, domain or "fallback")
+        self.ledger.seen(domain, message_id, f"msg_{len(self.kept)}", 1, text=text)
+
+
+def population(senders: int = 30, seed: int = 1, **shares: Any) -> Population:
+    shares = {"duplicate_share": 0.2, "batch_share": 0.2, "status_share": 0.2} | shares
+    return Population(senders, NUMBERS, Random(seed), TEXTS, unix_time=lambda: 1_700_000_000.0, **shares)
+
+
+def through(router: Router) -> Callable[[str, str], Router]:
+    return lambda url, secret: router
+
+
+async def run(router: Router, phones: Population, **more: Any) -> int:
+    return await run_traffic(
+        phones,
+        router.ledger,
+        "http://sut/",
+        "s",
+        **{"connections": 8, "open_client": through(router), **more},
+    )
+
+
+@pytest.mark.parametrize("failing", [0.0, 0.4])
+@pytest.mark.parametrize("seed", range(5))
+async def test_everything_is_answered_and_the_ledger_agrees(
+    seed: int, failing: float, autojump_clock: trio.testing.MockClock
+) -> None:
+    router = Router(Random(seed), Ledger(), failing=failing)
+    assert await run(router, population(seed=seed), stop=1.5, settle=600.0) == 0
+    report = router.ledger.verify(dead_letters=(), stored=router.kept)
+    assert report.problems == ()
+    assert report.received == report.distinct == len(router.kept) > 200
+    assert report.duplicates > 20
+    assert report.statuses > 20
+    assert set(report.delivered) == set(TEXTS)
+    assert report.p50_ms == pytest.approx(10.0)
+    assert (report.p99_ms == pytest.approx(500.0)) == bool(failing)
+
+
+async def test_a_forgotten_message_is_found(autojump_clock: trio.testing.MockClock) -> None:
+    router = Router(Random(1), Ledger(), forgetful=True)
+    await run(router, population(), stop=1.0)
+    (problem,) = router.ledger.verify(dead_letters=(), stored=router.kept).problems
+    assert router.forgotten
+    assert router.forgotten in problem
+
+
+async def test_all_connections_are_used_and_no_more(autojump_clock: trio.testing.MockClock) -> None:
+    router = Router(Random(1), Ledger())
+    await run(router, population(), stop=1.0, connections=5)
+    assert router.busiest == 5
+
+
+async def test_few_phones_hold_back_many_connections(autojump_clock: trio.testing.MockClock) -> None:
+    router = Router(Random(1), Ledger(), pause=0.1)
+    phones = Population(
+        2, NUMBERS, Random(1), TEXTS, duplicate_share=0, status_share=0, unix_time=lambda: 0.0
+    )
+    await run(router, phones, stop=5.0, connections=10)
+    assert router.busiest <= 2
+    assert len(router.kept) > 20
+
+
+async def test_a_rate_is_kept_whatever_the_answers_take(autojump_clock: trio.testing.MockClock) -> None:
+    router = Router(Random(1), Ledger(), pause=0.2)
+    await run(router, population(200), stop=9.995, rate=50.0, connections=100)
+    assert len(router.posts) == 500
+    assert all(at == pytest.approx(router.posts[0] + i / 50) for i, at in enumerate(router.posts))
+    assert router.busiest > 8
+
+
+async def test_a_rate_that_cannot_be_kept_is_bounded_by_the_connections(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    router = Router(Random(1), Ledger(), pause=0.1)
+    await run(router, population(200), stop=10.0, rate=1_000.0, connections=4)
+    assert router.busiest == 4
+    assert 300 < len(router.posts) < 500
+
+
+async def test_an_event_stops_it_even_while_a_slow_schedule_waits(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    router = Router(Random(1), Ledger())
+    stop = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: run(router, population(), stop=stop, rate=0.01))
+        await trio.sleep(150.0)
+        stop.set()
+        started = trio.current_time()
+    assert trio.current_time() - started < 1.0
+    assert len(router.posts) == 2
+
+
+async def test_what_never_gets_a_200_is_given_up_after_settle(autojump_clock: trio.testing.MockClock) -> None:
+    router = Router(Random(1), Ledger(), failing=1.0)
+    left = await run(router, population(), stop=1.0, settle=8.0)
+    assert trio.current_time() == pytest.approx(9.0, abs=0.1)
+    assert left > 0
+    assert router.ledger.verify(dead_letters=(), stored=router.kept).received == 0
+
+
+async def test_what_a_run_gave_up_the_next_one_carries(autojump_clock: trio.testing.MockClock) -> None:
+    router = Router(Random(1), Ledger(), pause=100.0)
+    phones = population()
+    left = await run(router, phones, stop=1.0, settle=0.0)
+    assert left == phones.unanswered == 8
+    router.pause = 0.01
+    assert await run(router, phones, stop=1.0, settle=60.0) == 0
+    assert router.ledger.verify(dead_letters=(), stored=router.kept).ok
+
+
+@pytest.mark.parametrize("wrong", [{"connections": 0}, {"rate": 0.0}])
+async def test_traffic_needs_a_connection_and_a_rate(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError):
+        await run(Router(Random(1), Ledger()), population(), stop=0.0, **wrong)
