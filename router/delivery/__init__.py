@@ -1,0 +1,1 @@
+"""How an attempt reaches a service: in process or over HTTP. Decides nothing about retries or order."""

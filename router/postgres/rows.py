@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -13,9 +11,9 @@ import orjson
 
 from actors.messages import Bucket, Completion, Delivery, Incoming, Item, Session
 from router.channels import whatsapp
+from router.json_text import parse, storable
 
 _UNIX_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_NO_JSONB = re.compile(r"\\u(?:0000|[dD][89a-fA-F][0-9a-fA-F]{2})")
 
 
 def flush_arguments(deliveries: Sequence[Delivery]) -> list[Any]:
@@ -96,7 +94,7 @@ def items_of(rows: Iterable[Any]) -> list[Item]:
         if row["body"] is None or row["session_key"] is None:
             continue
         if event_id not in documents:
-            documents[event_id] = whatsapp.parse(row["body"])
+            documents[event_id] = parse(row["body"])
         try:
             message, contact = whatsapp.item_at(documents[event_id], row["path"])
         except LookupError:
@@ -135,12 +133,6 @@ def session_of(row: Any) -> Session:
     )
 
 
-def jsonb(value: Any) -> str:
-    """JSON text that jsonb takes: what it has no room for becomes the replacement character."""
-    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), default=str)
-    return _NO_JSONB.sub(r"\\ufffd", text) if "\\u" in text else text
-
-
 def text(value: str) -> str:
     """Text that Postgres takes."""
     return value.replace("\0", "\ufffd").encode("utf-8", "replace").decode("utf-8")
@@ -176,7 +168,7 @@ def completion_arguments(completions: Sequence[Completion], now: datetime) -> li
                     item.phone_number_id,
                     item.wa_id or item.user_id,
                     completion.service,
-                    jsonb(reply),
+                    storable(reply),
                     item.correlation_id,
                 )
             )
@@ -189,7 +181,7 @@ def completion_arguments(completions: Sequence[Completion], now: datetime) -> li
                     item.received_at,
                     item.wa_id or item.user_id,
                     completion.service or "",
-                    jsonb(item.message),
+                    storable(item.message),
                     text(letter.error),
                     letter.status,
                     letter.resolution,
@@ -212,7 +204,7 @@ def session_arguments(key: str, session: Session) -> tuple[Any, ...]:
         session.wa_id,
         session.user_id,
         session.active_service,
-        jsonb(session.state),
+        storable(session.state),
         session.version,
     )
 
@@ -238,7 +230,7 @@ def replay_arguments(completion: Completion, now: datetime) -> list[Any]:
         completion.attempts,
         *change,
         item.wa_id or item.user_id,
-        [jsonb(reply) for reply in completion.replies],
+        [storable(reply) for reply in completion.replies],
     ]
 
 

@@ -104,9 +104,8 @@ async def test_posts_are_signed_and_share_a_connection() -> None:
     head = server.requests[0][0].split("\r\n")
     assert head[0] == "POST /webhooks/whatsapp HTTP/1.1"
     signed = signature(SECRET, b'{"a":1}')
-    assert {f"X-Hub-Signature-256: {signed}", "Content-Length: 7", "Content-Type: application/json"} <= set(
-        head
-    )
+    assert f"X-Hub-Signature-256: {signed}" in head
+    assert {"Content-Length: 7", "Content-Type: application/json"} <= set(head)
 
 
 async def test_added_headers_may_replace_the_signature() -> None:
@@ -194,28 +193,31 @@ async def test_what_follows_an_answer_is_never_taken_for_the_next_one() -> None:
     assert server.connections == 3
 
 
+HTTP_OK = b"HTTP/1.1 200 OK\r\n"
+
+
 @pytest.mark.parametrize(
-    "answer",
+    ("answer", "reason"),
     [
-        b"ok\r\n\r\n",
-        b"HTTP/2 200 OK\r\nContent-Length: 2\r\n\r\nok",
-        b"HTTP/1.1 2000 OK\r\nContent-Length: 2\r\n\r\nok",
-        b"HTTP/1.1 200 OK\r\n\r\n",
-        b"HTTP/1.1 200 OK\r\nContent-Length: +2\r\n\r\nok",
-        b"HTTP/1.1 200 OK\r\nContent-Length: 2, 2\r\n\r\nok",
-        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 1\r\n\r\nok",
-        b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\nok",
-        b"HTTP/1.1 200 OK\r\nContent-Length : 2\r\n\r\nok",
-        b"HTTP/1.1 200 OK\r\nno colon\r\nContent-Length: 2\r\n\r\nok",
-        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
-        b"HTTP/1.1 200 OK\r\nX: " + b"a" * 70_000,
+        (b"ok\r\n\r\n", "status line"),
+        (b"HTTP/2 200 OK\r\nContent-Length: 2\r\n\r\nok", "status line"),
+        (b"HTTP/1.1 2000 OK\r\nContent-Length: 2\r\n\r\nok", "status line"),
+        (HTTP_OK + b"\r\n", "without a Content-Length"),
+        (HTTP_OK + b"Content-Length: +2\r\n\r\nok", "Content-Length is"),
+        (HTTP_OK + b"Content-Length: 2, 2\r\n\r\nok", "Content-Length is"),
+        (HTTP_OK + b"Content-Length: 2\r\nContent-Length: 1\r\n\r\nok", "two different"),
+        (HTTP_OK + b"Content-Length: 99999999999\r\n\r\nok", "Content-Length is"),
+        (HTTP_OK + b"Content-Length : 2\r\n\r\nok", "header line"),
+        (HTTP_OK + b"no colon\r\nContent-Length: 2\r\n\r\nok", "header line"),
+        (HTTP_OK + b"Transfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\nok", "Transfer-Encoding"),
+        (HTTP_OK + b"X: " + b"a" * 70_000, "longer than"),
     ],
 )
-async def test_a_malformed_answer_is_none_and_ends_its_connection(answer: bytes) -> None:
+async def test_a_malformed_answer_is_none_and_ends_its_connection(answer: bytes, reason: str) -> None:
     async with serving(always(answer)) as server:
         client = WebhookClient(server.url, SECRET)
         for _ in range(2):
-            with pytest.raises(NotAnswered):
+            with pytest.raises(NotAnswered, match=reason):
                 await client.post(b"{}")
     assert server.connections == 2
 

@@ -84,13 +84,8 @@ def through(router: Router) -> Callable[[str, str], Router]:
 
 
 async def run(router: Router, phones: Population, **more: Any) -> int:
-    return await run_traffic(
-        phones,
-        router.ledger,
-        "http://sut/",
-        "s",
-        **{"connections": 8, "open_client": through(router), **more},
-    )
+    options: dict[str, Any] = {"connections": 8, "open_client": through(router)} | more
+    return await run_traffic(phones, router.ledger, "http://sut/", "s", **options)
 
 
 @pytest.mark.parametrize("failing", [0.0, 0.4])
@@ -126,9 +121,7 @@ async def test_all_connections_are_used_and_no_more(autojump_clock: trio.testing
 
 async def test_few_phones_hold_back_many_connections(autojump_clock: trio.testing.MockClock) -> None:
     router = Router(Random(1), Ledger(), pause=0.1)
-    phones = Population(
-        2, NUMBERS, Random(1), TEXTS, duplicate_share=0, status_share=0, unix_time=lambda: 0.0
-    )
+    phones = population(2, duplicate_share=0.0, status_share=0.0)
     await run(router, phones, stop=5.0, connections=10)
     assert router.busiest <= 2
     assert len(router.kept) > 20
@@ -149,6 +142,23 @@ async def test_a_rate_that_cannot_be_kept_is_bounded_by_the_connections(
     await run(router, population(200), stop=10.0, rate=1_000.0, connections=4)
     assert router.busiest == 4
     assert 300 < len(router.posts) < 500
+
+
+async def test_after_a_stall_one_second_of_the_schedule_is_made_up_for(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    class Stalling(Router):
+        async def post(self, body: bytes) -> Answer:
+            if not self.posts:
+                self.posts.append(trio.current_time())
+                await trio.sleep(5.0)
+            return await super().post(body)
+
+    router = Stalling(Random(1), Ledger(), pause=0.0001)
+    started = trio.current_time()
+    await run(router, population(200), stop=6.0, rate=10.0, connections=1)
+    at_once = [at for at in router.posts if started + 4.99 < at < started + 5.05]
+    assert 10 <= len(at_once) <= 13
 
 
 async def test_an_event_stops_it_even_while_a_slow_schedule_waits(

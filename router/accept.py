@@ -1,0 +1,197 @@
+"""The one way in: a request of either edge becomes an answer here. No policy lives in an edge.
+
+The answer to a stored body is given by the flush that stored it, through `respond`, so that no task has
+to be woken for it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import count
+from typing import Final
+from urllib.parse import parse_qsl
+
+import trio
+
+from actors.kernel import Address, MailboxClosed, MailboxFull
+from actors.messages import Delivery
+from router.channels import whatsapp
+from router.channels.whatsapp import Splitter
+from router.config import AppConfig
+
+JSON: Final = b"application/json"
+TEXT: Final = b"text/plain; charset=utf-8"
+ROOM_TIMEOUT: Final = 5.0  # seconds that a request waits for room in the ingress before it is answered 503
+
+_CORRELATION_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}", re.ASCII)
+_TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
+
+
+@dataclass(slots=True)
+class Request:
+    """What an edge read: header names in lower case, the path without its query."""
+
+    method: bytes
+    path: bytes
+    query: bytes
+    headers: Mapping[bytes, bytes]
+    body: bytes
+    started: float  # time.perf_counter() when its first byte was read
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """What an edge writes. `headers` come after content-type and content-length."""
+
+    status: int
+    content_type: bytes
+    body: bytes
+    headers: tuple[tuple[bytes, bytes], ...]
+
+
+Respond = Callable[[Response], None]
+
+ACCEPTED: Final = b'{"status":"accepted"}'
+INVALID_SIGNATURE: Final = b'{"error":"invalid_signature"}'
+
+
+def error_body(code: str, detail: str) -> bytes:
+    """`{"error": code, "detail": detail}`; both are our own words, without quotes or backslashes."""
+    return b'{"error":"%s","detail":"%s"}' % (code.encode(), detail.encode())
+
+
+class Webhooks:
+    """Every route that takes outside input, one per app: POST verifies the signature before anything
+    else, GET is Meta's handshake, which carries none.
+    """
+
+    def __init__(
+        self, apps: Iterable[AppConfig], ingress: Address[Delivery], *, dedup_key: Callable[[], bytes | None]
+    ) -> None:
+        self._ingress = ingress
+        self._dedup_key = dedup_key
+        apps = tuple(apps)
+        claimed = {number: app.name for app in apps for number in app.numbers}
+        self._routes = {app.path.encode(): _App(app, claimed) for app in apps}
+        self._id_prefix = os.urandom(6).hex()
+        self._ids = count(1)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths that take webhooks."""
+        return tuple(path.decode() for path in self._routes)
+
+    async def accept(self, request: Request, respond: Respond) -> None:
+        """Answer through `respond`, exactly once: at once, or when the body has been stored (or could
+        not be). Returns as soon as the request is in the ingress; it waits only for room there.
+        """
+        request_id = f"{self._id_prefix}{next(self._ids):08x}"
+        headers = request.headers
+        traceparent = _matching(_TRACEPARENT, headers.get(b"traceparent"))
+        correlation_id = _matching(_CORRELATION_ID, headers.get(b"x-correlation-id"))
+        if correlation_id is None:
+            correlation_id = traceparent.split("-")[1] if traceparent else request_id
+        started = request.started
+
+        def answer(status: int, body: bytes, content_type: bytes = JSON, *more: tuple[bytes, bytes]) -> None:
+            latency = (time.perf_counter() - started) * 1000
+            respond(
+                Response(
+                    status,
+                    content_type,
+                    body,
+                    (
+                        (b"X-Request-ID", request_id.encode()),
+                        (b"X-Correlation-ID", correlation_id.encode()),
+                        (b"X-WA-Core-Latency", b"%.3f" % latency),
+                        *more,
+                    ),
+                )
+            )
+
+        app = self._routes.get(request.path)
+        if app is None:
+            answer(404, error_body("not_found", "no webhook at this path"))
+        elif request.method == b"POST":
+            if not whatsapp.signature_is_valid(
+                headers.get(b"x-hub-signature-256"), request.body, app.live_secrets
+            ):
+                answer(401, INVALID_SIGNATURE)
+                return
+            await self._take(app, request.body, correlation_id, traceparent, answer)
+        elif request.method == b"GET":
+            query = parse_qsl(request.query.decode("latin-1"), keep_blank_values=True)
+            challenge = whatsapp.challenge(query, app.config.verify_token)
+            if challenge is None:
+                answer(403, error_body("verification_failed", "hub.mode or hub.verify_token is not right"))
+            else:
+                answer(200, challenge.encode("utf-8", "replace"), TEXT)
+        else:
+            answer(405, error_body("method_not_allowed", "use GET or POST"), JSON, (b"Allow", b"GET, POST"))
+
+    async def _take(
+        self,
+        app: _App,
+        body: bytes,
+        correlation_id: str,
+        traceparent: str | None,
+        answer: Callable[[int, bytes], None],
+    ) -> None:
+        splitter = app.splitter(self._dedup_key())
+        if splitter is None:
+            answer(503, error_body("unavailable", "the database has not been reached yet"))
+            return
+
+        def settle(stored: bool) -> None:
+            if stored:
+                answer(200, ACCEPTED)
+            else:
+                answer(503, error_body("unavailable", "could not be stored durably, send it again"))
+
+        delivery = splitter.delivery(
+            body, correlation_id=correlation_id, traceparent=traceparent, settle=settle
+        )
+        try:
+            self._ingress.tell_nowait(delivery)
+        except MailboxFull:
+            with trio.move_on_after(ROOM_TIMEOUT) as waited:
+                try:
+                    await self._ingress.tell(delivery)
+                except MailboxClosed:
+                    settle(False)
+            if waited.cancelled_caught:
+                settle(False)
+        except MailboxClosed:
+            settle(False)
+
+
+class _App:
+    """One app's secrets and splitter; the splitter needs the ledger's key, which is in the database."""
+
+    def __init__(self, config: AppConfig, claimed: Mapping[str, str]) -> None:
+        self.config = config
+        self.live_secrets = tuple(secret.encode() for secret in config.live_secrets)
+        self._claimed = claimed
+        self._splitter: Splitter | None = None
+
+    def splitter(self, dedup_key: bytes | None) -> Splitter | None:
+        if self._splitter is None and dedup_key is not None:
+            self._splitter = Splitter(self.config.name, dedup_key=dedup_key, is_ours=self._is_ours)
+        return self._splitter
+
+    def _is_ours(self, number: str) -> bool:
+        """An app with numbers signs for those alone, one without for all that no other app claims."""
+        if self.config.numbers:
+            return number in self.config.numbers
+        return self._claimed.get(number, self.config.name) == self.config.name
+
+
+def _matching(pattern: re.Pattern[str], value: bytes | None) -> str | None:
+    if value is None:
+        return None
+    text = value.decode("latin-1")
+    return text if pattern.fullmatch(text) else None

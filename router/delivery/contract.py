@@ -1,0 +1,112 @@
+"""The body posted to a service and the answer read from it: version 1, docs/delivery.schema.json. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import orjson
+
+from actors.messages import UNCHANGED, Ack, Envelope, Reply, SessionChange
+from actors.ports import Unreadable
+from router.json_text import encode, is_storable
+
+VERSION = 1
+KnownDomain = Callable[[str], bool]
+
+
+def body_of(envelope: Envelope) -> bytes:
+    """The JSON body of one attempt."""
+    session = envelope.session
+    return encode(
+        {
+            "version": VERSION,
+            "id": envelope.id,
+            "message_id": envelope.message_id,
+            "domain": envelope.domain,
+            "attempt": envelope.attempt,
+            "redelivered": envelope.redelivered,
+            "replay": envelope.replay,
+            "received_at": envelope.received_at.isoformat(),
+            "correlation_id": envelope.correlation_id,
+            "session": {
+                "key": session.key,
+                "phone_number_id": session.phone_number_id,
+                "wa_id": session.wa_id,
+                "user_id": session.user_id,
+                "active_service": session.active_service,
+                "state": session.state,
+                "version": session.version,
+            },
+            "contact": envelope.contact,
+            "message": envelope.message,
+        }
+    )
+
+
+def read_answer(body: bytes, known_domain: KnownDomain) -> Ack | Unreadable:
+    """What a 2xx answer says. Nothing, or an empty object, is an Ack without more."""
+    if not body.strip():
+        return Ack()
+    try:
+        answer = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return Unreadable("the answer is not JSON")
+    if not isinstance(answer, dict):
+        return Unreadable("the answer is not an object")
+    replies = _replies(answer.get("replies"))
+    if isinstance(replies, Unreadable):
+        return replies
+    session = _session(answer.get("session"))
+    if isinstance(session, Unreadable):
+        return session
+    return checked(Ack(replies, session), known_domain)
+
+
+def checked(ack: Ack, known_domain: KnownDomain) -> Ack | Unreadable:
+    """The same Ack, when everything in it can be stored and means something."""
+    for reply in ack.replies:
+        if not isinstance(reply, Reply) or not is_storable(reply.as_message()):
+            return Unreadable("a reply cannot be stored as JSON")
+    change = ack.session
+    if change is not None:
+        active = change.active_service
+        if isinstance(active, str) and not known_domain(active):
+            return Unreadable("session.active_service names no domain")
+        if change.state is not UNCHANGED and not (
+            isinstance(change.state, Mapping) and is_storable(dict(change.state))
+        ):
+            return Unreadable("session.state cannot be stored as JSON")
+    return ack
+
+
+def _replies(listed: Any) -> tuple[Reply, ...] | Unreadable:
+    if listed is None:
+        return ()
+    if not isinstance(listed, list):
+        return Unreadable("replies is not a list")
+    replies = []
+    for one in listed:
+        if not isinstance(one, dict):
+            return Unreadable("a reply is not an object")
+        if isinstance(one.get("type"), str) and "to" not in one:
+            replies.append(Reply(message=one))
+        elif isinstance(one.get("text"), str) and set(one) == {"text"}:
+            replies.append(Reply(one["text"]))
+        else:
+            return Unreadable("a reply is neither {text} nor a message object without `to`")
+    return tuple(replies)
+
+
+def _session(change: Any) -> SessionChange | Unreadable | None:
+    if change is None:
+        return None
+    if not isinstance(change, dict):
+        return Unreadable("session is not an object")
+    active = change.get("active_service", UNCHANGED)
+    if active is not UNCHANGED and active is not None and not isinstance(active, str):
+        return Unreadable("session.active_service is neither null nor a name")
+    state = change.get("state", UNCHANGED)
+    if state is not UNCHANGED and not isinstance(state, dict):
+        return Unreadable("session.state is not an object")
+    return SessionChange(active_service=active, state=state)
