@@ -55,8 +55,33 @@ class Journal(Protocol):
             LeaseLost: the epoch is over.
         """
 
+    async def claim_dead_letters(self, epoch: int, limit: int) -> list[tuple[str, int, str, int]]:
+        """(id, seq, service, revision) of dead letters that are to be retried now, claimed for this epoch.
+
+        Raises:
+            LeaseLost: the epoch is over.
+        """
+
     async def load_sessions(self, keys: Sequence[str]) -> Mapping[str, tuple[Session, datetime]]:
         """The stored sessions among `keys`, each with the time of its last interaction."""
+
+
+class Lease(Protocol):
+    """Who delivers: one process at a time, fenced by an epoch."""
+
+    async def acquire(self) -> int:
+        """Wait until this process may deliver; returns its epoch."""
+
+    async def hold(self, epoch: int) -> None:
+        """Renew until the epoch is over, then return. Trouble with the database is waited out: as long
+        as nobody else took over, the epoch goes on."""
+
+    def held(self) -> bool:
+        """Whether the lease is known to be held at this moment: it was renewed recently enough, and the
+        database session that holds it is there."""
+
+    async def end(self, epoch: int) -> None:
+        """Give it up, so that another process need not wait for it to run out."""
 
 
 class Handler(Protocol):

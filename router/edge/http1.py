@@ -4,6 +4,7 @@ means is not its business.
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import socket
 import time
@@ -159,10 +160,8 @@ class Listener:
     def _refuse(self, sock: socket.socket) -> None:
         self.statistics.refused += 1
         body = error_body("too_many_connections", "try again later")
-        try:
+        with contextlib.suppress(OSError):
             sock.send(self.encode(Response(503, JSON, body, ((b"Retry-After", b"1"),)), close=True))
-        except OSError:
-            pass
         sock.close()
 
     async def _sweep(self) -> None:

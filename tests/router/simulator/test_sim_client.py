@@ -265,15 +265,30 @@ async def test_a_cancelled_exchange_does_not_spoil_the_next() -> None:
 
 
 async def test_one_client_carries_one_exchange_at_a_time() -> None:
-    async with serving(always(OK)) as server:
+    asked, refused = trio.Event(), trio.Event()
+
+    async def waiting(server: Server, stream: trio.SocketStream) -> None:
+        await server.request(stream)
+        asked.set()
+        await refused.wait()
+        await stream.send_all(OK)
+
+    async with serving(waiting) as server:
         client = WebhookClient(server.url, SECRET)
+        answers = []
+
+        async def post() -> None:
+            answers.append(await client.post(b"{}"))
+
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(client.post, b"{}")
-            await trio.lowlevel.checkpoint()
+            nursery.start_soon(post)
+            await asked.wait()
             with pytest.raises(trio.BusyResourceError):
                 await client.post(b"{}")
-        assert (await client.post(b"{}")).status == 200
+            refused.set()
+        assert [answer.status for answer in answers] == [200]
         client.close()
+    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize("url", ["https://127.0.0.1/", "127.0.0.1:80/x", "http:///x"])

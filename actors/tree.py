@@ -1,0 +1,228 @@
+"""The delivering side of one epoch: which actors there are, started downstream first, drained upstream
+first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import count
+
+import trio
+
+from .completer import Completer
+from .dispatcher import Dispatcher
+from .errors import JournalUnavailable, LeaseLost
+from .kernel import Address, ChildSpec, Strategy, Supervisor
+from .loader import Load, SessionLoader
+from .messages import Completion, Item, Session
+from .ports import Clock, Journal, RetryPolicy, RoutePolicy
+from .replayer import Replayer
+from .service import OpenLane, Service
+from .session import SessionActor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceSpec:
+    """One service: times in seconds; `waiting` deliveries wait for a lane, more stay in the journal."""
+
+    name: str
+    open_lane: OpenLane
+    lanes: int
+    timeout: float
+    deadline: float
+    waiting: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TreeSpec:
+    """What a delivering side is made of. `session_mailbox` is K; `report(event, error)` gets crashes
+    and trouble with the journal."""
+
+    journal: Journal
+    routes: RoutePolicy
+    services: tuple[ServiceSpec, ...]
+    retry: RetryPolicy
+    clock: Clock
+    session_ttl: timedelta
+    session_mailbox: int
+    max_live_sessions: int
+    backlog_limit: int
+    completer_capacity: int
+    completer_max_rows: int
+    session_idle: float
+    sweep_every: float
+    report: Callable[[str, Exception], None]
+
+
+class DeliveryTree:
+    """completer <- services <- sessions <- dispatcher. A crash of one restarts what was started after
+    it: the dispatcher then reads from the journal again what is undelivered.
+    """
+
+    def __init__(
+        self,
+        spec: TreeSpec,
+        *,
+        epoch: int,
+        may_attempt: Callable[[], bool],
+        on_lease_lost: Callable[[], None],
+    ) -> None:
+        self._spec = spec
+        self._epoch = epoch
+        self._on_lease_lost = on_lease_lost
+        self._versions = count((epoch << 40) + 1)  # they never repeat: no epoch makes 2**40 changes
+        self.completer: Address[Completion] = Address("completer", spec.completer_capacity)
+        self._loader: Address[Load] = Address("session-loader", spec.max_live_sessions)
+        self.services: Mapping[str, Service] = {
+            service.name: Service(
+                service.name,
+                open_lane=service.open_lane,
+                lanes=service.lanes,
+                capacity=service.waiting,
+                timeout=service.timeout,
+                deadline=service.deadline,
+                policy=spec.retry,
+                may_attempt=may_attempt,
+                on_room=self._room,
+            )
+            for service in spec.services
+        }
+        self.dispatcher: Dispatcher | None = None
+        self._replayer: Replayer | None = None
+        self._services = Supervisor(
+            "services",
+            [
+                ChildSpec(name, service.run, service.address.mailbox.close, service.address.bury)
+                for name, service in self.services.items()
+            ],
+            strategy=Strategy.ONE_FOR_ONE,
+            max_restarts=20,
+            period=60,
+            on_crash=spec.report,
+        )
+        self._supervisor = Supervisor(
+            "delivery",
+            [
+                ChildSpec(
+                    "completer", self._run_completer, self.completer.mailbox.close, self.completer.bury
+                ),
+                ChildSpec("services", self._run_services, self._drain_services),
+                ChildSpec("session-loader", self._run_loader, self._loader.mailbox.close, self._loader.bury),
+                ChildSpec("dispatcher", self._run_dispatcher, self._close_dispatcher),
+            ],
+            strategy=Strategy.REST_FOR_ONE,
+            max_restarts=5,
+            period=60,
+            on_crash=spec.report,
+        )
+
+    async def run(self) -> None:
+        """Until drained; raises RestartIntensityExceeded when it cannot be kept running."""
+        await self._supervisor.run()
+
+    async def drain(self) -> None:
+        """Sessions finish what they hold, services what they took, the completer what both left."""
+        await self._supervisor.drain()
+
+    def feed(self, first: int, last: int, items: list[Item]) -> None:
+        if self.dispatcher is not None:
+            self.dispatcher.feed(first, last, items)
+
+    def look(self) -> None:
+        if self.dispatcher is not None:
+            self.dispatcher.look()
+
+    def replay(self) -> None:
+        """Somebody asked for dead letters to be retried."""
+        if self._replayer is not None:
+            self._replayer.wake()
+
+    async def _run_completer(self) -> None:
+        completer = Completer(
+            self._spec.journal,
+            epoch=self._epoch,
+            marks=self._marks,
+            on_committed=self._committed,
+            on_unavailable=self._unavailable,
+            max_rows=self._spec.completer_max_rows,
+        )
+        try:
+            await self.completer.run(completer)
+        except LeaseLost:
+            self._on_lease_lost()
+            await trio.sleep_forever()  # the owner ends this tree
+
+    async def _run_services(self) -> None:
+        await self._services.run()
+
+    def _drain_services(self) -> None:
+        for service in self.services.values():
+            service.address.mailbox.close()
+
+    async def _run_loader(self) -> None:
+        await self._loader.run(
+            SessionLoader(self._spec.journal, session_ttl=self._spec.session_ttl, clock=self._spec.clock)
+        )
+
+    async def _run_dispatcher(self) -> None:
+        spec = self._spec
+        replayer = Replayer(spec.journal, epoch=self._epoch, offer=lambda item: dispatcher.replay(item))
+        dispatcher = Dispatcher(
+            spec.journal,
+            make=lambda key: self._make_session(key, dispatcher),
+            hold=spec.session_mailbox,
+            max_live=spec.max_live_sessions,
+            max_backlog=spec.backlog_limit,
+            idle=spec.session_idle,
+            sweep_every=spec.sweep_every,
+            on_crash=lambda key, error: spec.report("session", error),
+            on_replay_lost=replayer.lost,
+        )
+        self.dispatcher, self._replayer = dispatcher, replayer
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._run_replayer, replayer)
+            await dispatcher.run()
+            nursery.cancel_scope.cancel()
+
+    async def _run_replayer(self, replayer: Replayer) -> None:
+        try:
+            await replayer.run()
+        except LeaseLost:
+            self._on_lease_lost()
+
+    def _make_session(self, key: str, dispatcher: Dispatcher) -> SessionActor:
+        return SessionActor(
+            key,
+            load=self._load,
+            routes=self._spec.routes,
+            services=self.services,
+            completer=self.completer,
+            conversations=dispatcher,
+            committed=dispatcher.until_committed,
+            next_version=lambda: next(self._versions),
+            session_ttl=self._spec.session_ttl,
+            clock=self._spec.clock,
+        )
+
+    async def _load(self, key: str) -> Session | None:
+        return await self._loader.ask(lambda promise: Load(key, promise))
+
+    def _close_dispatcher(self) -> None:
+        if self.dispatcher is not None:
+            self.dispatcher.close()
+
+    def _room(self, service: str) -> None:
+        if self.dispatcher is not None:
+            self.dispatcher.room(service)
+
+    def _marks(self) -> tuple[int, list[int]]:
+        return self.dispatcher.marks() if self.dispatcher is not None else (0, [])
+
+    def _committed(self, completions: list[Completion], stragglers: list[int]) -> None:
+        if self.dispatcher is not None:
+            self.dispatcher.committed(completions, stragglers)
+
+    def _unavailable(self, error: JournalUnavailable) -> None:
+        self._spec.report("completer", error)
