@@ -25,7 +25,6 @@ class Owner:
         self._spec = spec
         self._on_epoch = on_epoch
         self.tree: DeliveryTree | None = None
-        self._draining = False
         self._stand_by = trio.CancelScope()
         self._drain = trio.Event()
 
@@ -43,16 +42,13 @@ class Owner:
 
     def drain(self) -> None:
         """Finish what is in hand, give the lease back, end."""
-        self._draining = True
         self._drain.set()
         self._stand_by.cancel()
 
     async def run(self) -> None:
-        while not self._draining:
+        while not self._drain.is_set():
             epoch: int | None = None
-            with trio.CancelScope() as self._stand_by:
-                if self._draining:
-                    return
+            with self._stand_by:
                 epoch = await self._lease.acquire()
             if epoch is not None:
                 try:

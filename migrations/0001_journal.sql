@@ -401,13 +401,13 @@ BEGIN
            WITH ORDINALITY AS i (event, key, kind, path, message_id, number, session_key, type, bucket, reason, pos);
 
     IF cardinality(s_message_id) > 0 THEN
-        INSERT INTO whatsapp_statuses AS known (phone_number_id, message_id, status, rank, status_at, recorded_at)
+        INSERT INTO whatsapp_statuses AS stored (phone_number_id, message_id, status, rank, status_at, recorded_at)
         SELECT s.number, s.message_id, s.status, s.rank, s.at, p_now
           FROM unnest(s_number, s_message_id, s_status, s_rank, s_at) AS s (number, message_id, status, rank, at)
             ON CONFLICT (phone_number_id, message_id) DO UPDATE
            SET status = excluded.status, rank = excluded.rank, status_at = excluded.status_at,
                recorded_at = excluded.recorded_at
-         WHERE known.rank < excluded.rank;
+         WHERE stored.rank < excluded.rank;
     END IF;
 
     IF p_notify THEN

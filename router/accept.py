@@ -85,6 +85,14 @@ class Webhooks:
         """The paths that take webhooks."""
         return tuple(path.decode() for path in self._routes)
 
+    def splitter_for(self, number: str, dedup_key: bytes) -> Splitter:
+        """The splitter of the app that may sign for this number; the first app's when none may."""
+        apps = list(self._routes.values())
+        app = next((app for app in apps if app.is_ours(number)), apps[0])
+        splitter = app.splitter(dedup_key)
+        assert splitter is not None
+        return splitter
+
     async def accept(self, request: Request, respond: Respond) -> None:
         """Answer through `respond`, exactly once: at once, or when the body has been stored (or could
         not be). Returns as soon as the request is in the ingress; it waits only for room there.
@@ -180,10 +188,10 @@ class _App:
 
     def splitter(self, dedup_key: bytes | None) -> Splitter | None:
         if self._splitter is None and dedup_key is not None:
-            self._splitter = Splitter(self.config.name, dedup_key=dedup_key, is_ours=self._is_ours)
+            self._splitter = Splitter(self.config.name, dedup_key=dedup_key, is_ours=self.is_ours)
         return self._splitter
 
-    def _is_ours(self, number: str) -> bool:
+    def is_ours(self, number: str) -> bool:
         """An app with numbers signs for those alone, one without for all that no other app claims."""
         if self.config.numbers:
             return number in self.config.numbers

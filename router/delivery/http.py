@@ -24,6 +24,7 @@ from . import signing
 from .contract import KnownDomain, body_of, read_answer
 
 MAX_ANSWER_BYTES = 1_048_576
+MAX_HEAD_BYTES = 65_536  # of an answer, interim ones before it included
 _READ_SIZE = 65_536
 _REJECTED = frozenset({400, 410, 422})
 _LATER = frozenset({429, 503})
@@ -51,24 +52,50 @@ class Target:
 
 
 class _Response:
-    """Collects one response."""
+    """Collects one response; interim ones (1xx) are passed over, and what follows it is nobody's."""
 
     def __init__(self) -> None:
+        self.parser = httptools.HttpResponseParser(self)
+        self.status = 0  # until the head of the response has been read
         self.headers: dict[str, str] = {}
         self.body = bytearray()
         self.complete = False
-        self.too_large = False
+        self.reusable = False
+
+    @property
+    def too_large(self) -> bool:
+        return len(self.body) > MAX_ANSWER_BYTES
+
+    @property
+    def ends_with_connection(self) -> bool:
+        """Whether the end of the connection is the end of the body."""
+        return self.status > 0 and not self.headers.keys() & {"content-length", "transfer-encoding"}
+
+    def on_message_begin(self) -> None:
+        self.reusable = False  # a second answer that nobody asked for
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+        if not self.complete:
+            self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        status = self.parser.get_status_code()
+        if self.complete:
+            return
+        if status < 200:
+            self.headers.clear()
+        else:
+            self.status = status
 
     def on_body(self, data: bytes) -> None:
-        self.body += data
-        if len(self.body) > MAX_ANSWER_BYTES:
-            self.too_large = True
+        if not self.complete:
+            self.body += data
 
     def on_message_complete(self) -> None:
-        self.complete = True
+        if self.status and not self.complete:
+            self.complete = True
+            # Asked here: afterwards the parser has forgotten how the body was framed.
+            self.reusable = self.parser.should_keep_alive()
 
 
 class _BrokenConnection(Exception):
@@ -80,8 +107,16 @@ class HttpLane:
     not be taken for the next one's.
     """
 
-    def __init__(self, target: Target, *, clock: Clock, known_domain: KnownDomain) -> None:
+    def __init__(
+        self,
+        target: Target,
+        *,
+        clock: Clock,
+        known_domain: KnownDomain,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self._target = target
+        self._tls = tls
         self._clock = clock
         self._known_domain = known_domain
         self._stream: trio.SocketStream | trio.SSLStream[trio.SocketStream] | None = None
@@ -90,14 +125,15 @@ class HttpLane:
     async def attempt(self, envelope: Envelope) -> Outcome | Unreadable:
         request = self._request(envelope)
         try:
-            status, response = await self._exchange(request)
+            response = await self._exchange(request)
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError) as error:
-            return Retry(reason=f"connection failed: {type(error).__name__}")
+            return Retry(reason=f"connection failed: {type(error.__cause__ or error).__name__}")
         except _BrokenConnection as error:
             return Retry(reason=str(error))
-        return self._outcome(status, response)
+        return self._outcome(response)
 
-    def _outcome(self, status: int, response: _Response) -> Outcome | Unreadable:
+    def _outcome(self, response: _Response) -> Outcome | Unreadable:
+        status = response.status
         if 200 <= status < 300:
             if response.too_large:
                 return Unreadable(f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
@@ -122,32 +158,34 @@ class HttpLane:
             head += f"webhook-signature: {signing.sign(target.key, envelope.id, now, body)}\r\n"
         return head.encode("latin-1") + b"\r\n" + body
 
-    async def _exchange(self, request: bytes) -> tuple[int, _Response]:
+    async def _exchange(self, request: bytes) -> _Response:
         stream = await self._connected()
+        response = _Response()
         try:
             await stream.send_all(request)
-            response = _Response()
-            parser = httptools.HttpResponseParser(response)
-            while not response.complete:
+            head = 0
+            while not response.complete and not response.too_large:
                 data = await stream.receive_some(_READ_SIZE)
+                if not data:
+                    if response.ends_with_connection:
+                        break
+                    raise _BrokenConnection("connection closed before the end of an answer")
                 try:
-                    if not data:
-                        if parser.get_status_code() and not parser.should_keep_alive():
-                            break  # a body that ends with the connection
-                        raise _BrokenConnection("connection closed before an answer")
-                    parser.feed_data(bytes(data))
+                    response.parser.feed_data(bytes(data))
                 except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-                    raise _BrokenConnection(f"not an HTTP answer: {type(error).__name__}") from None
-                if response.too_large:
-                    break
-            status = parser.get_status_code()
-            reusable = parser.should_keep_alive() and bool(data) and not response.too_large
+                    if not response.complete:
+                        raise _BrokenConnection(f"not an HTTP answer: {type(error).__name__}") from None
+                head += 0 if response.status else len(data)
+                if head > MAX_HEAD_BYTES:
+                    raise _BrokenConnection(f"the head of the answer is longer than {MAX_HEAD_BYTES} bytes")
         except BaseException:
             await self.close()
             raise
-        if not reusable:
+        finally:
+            del response.parser  # it refers to the response
+        if not response.reusable:
             await self.close()
-        return status, response
+        return response
 
     async def _connected(self) -> trio.SocketStream | trio.SSLStream[trio.SocketStream]:
         if self._stream is not None:
@@ -160,9 +198,10 @@ class HttpLane:
         tcp = await trio.open_tcp_stream(self._target.host, self._target.port)
         self._fd = tcp.socket.fileno()
         if self._target.tls:
-            context = ssl.create_default_context()
+            if self._tls is None:
+                self._tls = ssl.create_default_context()
             self._stream = trio.SSLStream(
-                tcp, context, server_hostname=self._target.host, https_compatible=True
+                tcp, self._tls, server_hostname=self._target.host, https_compatible=True
             )
         else:
             self._stream = tcp
@@ -177,10 +216,11 @@ class HttpLane:
 
 def open_lane(target: Target, *, clock: Clock, known_domain: KnownDomain) -> OpenLane:
     """Lanes to one service; a connection is made when the first delivery needs it."""
+    tls = ssl.create_default_context() if target.tls else None  # once: it reads every trusted root
 
     @asynccontextmanager
     async def lane() -> AsyncIterator[Handler]:
-        handler = HttpLane(target, clock=clock, known_domain=known_domain)
+        handler = HttpLane(target, clock=clock, known_domain=known_domain, tls=tls)
         try:
             yield handler
         finally:
@@ -198,7 +238,7 @@ def retry_after(value: str | None, now: datetime) -> float | None:
         return float(min(int(value[:12]), 10**9))
     try:
         date = email.utils.parsedate_to_datetime(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     if date.tzinfo is None:
         date = date.replace(tzinfo=UTC)

@@ -57,13 +57,13 @@ class ListenerStatistics:
 
 
 class Listener:
-    """One listening socket and its connections. `accept` is called for every complete request and
-    answers each exactly once.
+    """One listening socket and its connections. It listens from `bind` on, and reads from `serve` on:
+    who connects in between waits, and is not refused.
     """
 
-    def __init__(self, accept: Accept, limits: LimitsConfig) -> None:
-        self.accept = accept
+    def __init__(self, limits: LimitsConfig) -> None:
         self.limits = limits
+        self.accept: Accept = _not_serving
         self.statistics = ListenerStatistics()
         self.draining = False
         self.date = b""
@@ -95,8 +95,11 @@ class Listener:
         bound: int = listener.getsockname()[1]
         return bound
 
-    async def serve(self) -> None:
-        """Until `drain` has been called and the last connection has ended."""
+    async def serve(self, accept: Accept) -> None:
+        """Until `drain` has been called and the last connection has ended. `accept` gets every complete
+        request and answers each exactly once.
+        """
+        self.accept = accept
         listener = self._socket
         if listener is None:
             raise RuntimeError("bind before serve")
@@ -121,6 +124,10 @@ class Listener:
         self._accepting.cancel()
         for connection in list(self._connections):
             connection.drain()
+
+    async def drained(self) -> None:
+        """Return when, after `drain`, the last connection has ended."""
+        await self._drained.wait()
 
     def ended(self, connection: _Connection) -> None:
         self._connections.discard(connection)
@@ -195,6 +202,10 @@ class Listener:
         if not head:
             parts.append(response.body)
         return b"".join(parts)
+
+
+async def _not_serving(_: Request, respond: Respond) -> None:
+    raise RuntimeError("serve has not been called")
 
 
 class _Slot:

@@ -23,7 +23,7 @@ TRANSIENT = (
     asyncpg.CannotConnectNowError,
     asyncpg.InvalidAuthorizationSpecificationError,
     asyncpg.LockNotAvailableError,
-    asyncpg.SystemError,
+    asyncpg.PostgresSystemError,
     asyncio.TimeoutError,
     OSError,
 )

@@ -75,7 +75,6 @@ class _Traffic:
     def stop(self) -> None:
         """Give out nothing new from now on."""
         self._stopping.set()
-        self._idle.unpark_all()
 
     async def carry(self, client: Client) -> None:
         """Be one connection until nothing is left to do."""

@@ -237,6 +237,21 @@ def test_a_dead_letter_may_be_missing_late_or_repeated_but_must_be_stored() -> N
     assert not story.verdict().ok
 
 
+def test_what_was_answered_200_is_stored_even_if_it_was_never_delivered() -> None:
+    story = told(1, 3)
+    story.dead = {"m0.2"}
+    never_delivered(story, "m0.2")
+    not_stored(story, "m0.2")
+    assert story.verdict().problems == ("m0.2 was answered 200 but is not stored",)
+
+
+def test_what_was_delivered_is_stored_even_if_it_was_not_answered_200() -> None:
+    story = told(1, 3)
+    story.unanswered = {3}
+    not_stored(story, "m0.3")
+    assert story.verdict().problems == ("m0.3 (attempt 1 at rides) was delivered but is not stored",)
+
+
 def test_a_failed_attempt_may_come_again_at_once_but_holds_back_what_is_later() -> None:
     story = told(1, 3)
     story.sights.insert(1, replace(story.sights[1], accepted=False))

@@ -208,6 +208,22 @@ def test_unnumbered_phones_show_only_their_user_id() -> None:
                     assert "wa_id" not in one
 
 
+@pytest.mark.parametrize(("share", "shown"), [(0.0, {False}), (0.5, {False, True}), (1.0, {True})])
+def test_some_phones_show_a_user_id_always_the_same(share: float, shown: set[bool]) -> None:
+    made = world(12, user_id_share=share)
+    made.run(300, failing=0.0)
+    user_ids: dict[str, set[str | None]] = defaultdict(set)
+    for delivery in made.given:
+        for entry in json.loads(delivery.body)["entry"]:
+            for change in entry["changes"]:
+                for one in change["value"].get("messages", []):
+                    user_ids[one["from"]].add(one.get("from_user_id"))
+                for one in change["value"].get("contacts", []):
+                    user_ids[one["wa_id"]].add(one.get("user_id"))
+    assert {len(of_phone) for of_phone in user_ids.values()} == {1}
+    assert {user_id is not None for of_phone in user_ids.values() for user_id in of_phone} == shown
+
+
 def test_what_is_not_answered_200_comes_again_after_growing_pauses() -> None:
     made = world(7, senders=1, duplicate_share=0.0, batch_share=0.0, status_share=0.0, longest_pause=1.0)
     first = made.give()

@@ -1,0 +1,5 @@
+"""`python -m router` is `postroom`."""
+
+from router.cli import main
+
+main()

@@ -1,0 +1,435 @@
+"""open_router(): the one file that names concrete adapters and puts them together."""
+
+from __future__ import annotations
+
+import random
+import secrets
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Any
+
+import trio
+
+from actors.errors import JournalUnavailable
+from actors.ingress import Ingress, IngressStatistics
+from actors.kernel import Address, ChildSpec, Strategy, Supervisor
+from actors.messages import Delivery, Envelope, Session
+from actors.owner import Owner
+from actors.ports import Clock
+from actors.tree import ServiceSpec, TreeSpec
+from router.accept import Request, Respond, Webhooks
+from router.channels.whatsapp import OBJECT
+from router.config import Config, ServiceConfig
+from router.config_rules import checked
+from router.delivery import http, in_process
+from router.delivery.in_process import HandlerFunction
+from router.domains import canonical_domain
+from router.home_menu import HomeMenu, MenuRow
+from router.json_text import encode
+from router.observe.logs import get_logger
+from router.postgres.bridge import Bridge, open_bridge
+from router.postgres.connections import connect
+from router.postgres.embedded import EmbeddedPostgres
+from router.postgres.errors import TRANSIENT, describe
+from router.postgres.journal import PostgresJournal
+from router.postgres.lease import PostgresLease
+from router.postgres.migrate import MigrationError, migrate, pending, shipped_migrations
+from router.retry import Backoff
+from router.routing import Routes
+
+_log = get_logger("postroom")
+
+DRAIN_SECONDS = 20.0  # a running attempt is waited for: longer than the default deadline of a delivery
+CANCELLED_DRAIN_SECONDS = 5.0
+_KEEP_HOUSE_EVERY = 3_600.0
+_MENU_EVERY = 30.0
+
+
+class NotStored(Exception):
+    """`submit` could not make the message durable; nothing of it was stored."""
+
+
+def utc_now() -> datetime:
+    """The system's clock."""
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class RouterStatistics:
+    """A snapshot for health and the live view; the truth is in the tables."""
+
+    epoch: int | None
+    ingress: IngressStatistics
+    undelivered: int
+    live_sessions: int
+    waiting_for: Mapping[str, int]
+
+
+class Router:
+    """A running router. Made by `open_router`."""
+
+    def __init__(
+        self,
+        config: Config,
+        handlers: Mapping[str, HandlerFunction],
+        *,
+        bridge: Bridge,
+        dsn: Callable[[], str],
+        clock: Clock,
+        random_unit: Callable[[], float],
+    ) -> None:
+        self.config = config
+        self._clock = clock
+        self._epoch: int | None = None
+        self._dedup_key: bytes | None = None
+        self._handlers = {canonical_domain(name): function for name, function in handlers.items()}
+        unknown = sorted(self._handlers.keys() - config.services.keys())
+        if unknown:
+            raise ValueError(
+                f"handlers for domains that the configuration does not have: {', '.join(unknown)}"
+            )
+        self.journal = PostgresJournal(bridge, dsn, clock=clock, notify=lambda: self._epoch is None)
+        self._routes = Routes(config.routing, config.services)
+        self._lease = PostgresLease(
+            bridge, dsn, on_journal=lambda: self._owner.look(), on_dead_letters=lambda: self._owner.replay()
+        )
+        limits = config.limits
+        self._owner = Owner(
+            self._lease,
+            TreeSpec(
+                journal=self.journal,
+                routes=self._routes,
+                services=tuple(self._service_specs()),
+                retry=Backoff(random_unit),
+                clock=clock,
+                session_ttl=timedelta(hours=config.session_ttl_hours),
+                session_mailbox=limits.session_mailbox,
+                max_live_sessions=limits.max_live_sessions,
+                backlog_limit=max(limits.backlog_limit, 1),
+                completer_capacity=limits.ingress_capacity,
+                completer_max_rows=limits.flush_max_rows,
+                session_idle=10.0,
+                sweep_every=30.0,
+                report=_report,
+            ),
+            on_epoch=self._set_epoch,
+        )
+        self._ingress_address: Address[Delivery] = Address("ingress", limits.ingress_capacity)
+        self._ingress = Ingress(
+            self.journal,
+            feed=self._owner.feed,
+            look=self._owner.look,
+            max_rows=limits.flush_max_rows,
+            max_bytes=limits.flush_max_bytes,
+            on_refused=partial(_report, "ingress"),
+        )
+        self.webhooks = Webhooks(config.apps, self._ingress_address, dedup_key=lambda: self._dedup_key)
+
+    def _service_specs(self) -> list[ServiceSpec]:
+        specs = []
+        for name, service in self.config.services.items():
+            function = self._handlers.get(name)
+            if function is not None:
+                lane = in_process.open_lane(name, function, self._is_domain)
+            elif service.url is not None:
+                target = http.Target.of(service.url, service.secret)
+                lane = http.open_lane(target, clock=self._clock, known_domain=self._is_domain)
+            else:
+                continue
+            specs.append(_service_spec(service, lane))
+        return specs
+
+    def _is_domain(self, name: str) -> bool:
+        return name in self.config.services
+
+    async def accept(self, request: Request, respond: Respond) -> None:
+        """What an edge calls for each request."""
+        await self.webhooks.accept(request, respond)
+
+    async def submit(self, envelope: Envelope) -> None:
+        """Take one message as if it had come in by webhook; returns when it is durable. The same
+        `message_id` again is a duplicate and returns as well.
+
+        `envelope.message` is a message object as Meta sends it (with `id`, `from`, `type`);
+        `envelope.session.phone_number_id` says which number it was sent to.
+
+        Raises:
+            ValueError: the message could not be routed: what it lacks is named.
+            NotStored: it could not be made durable.
+        """
+        stored: list[bool] = []
+        settled = trio.Event()
+
+        def settle(outcome: bool) -> None:
+            stored.append(outcome)
+            settled.set()
+
+        if self._dedup_key is None:
+            raise NotStored("the router has not reached its database yet")
+        delivery = self.webhooks.splitter_for(envelope.session.phone_number_id, self._dedup_key).delivery(
+            _body_of(envelope),
+            correlation_id=envelope.correlation_id,
+            traceparent=envelope.traceparent,
+            settle=settle,
+        )
+        wrong = [item.reason for item in delivery.items if item.bucket is not None]
+        if wrong:
+            raise ValueError(f"the message cannot be routed: {', '.join(str(reason) for reason in wrong)}")
+        await self._ingress_address.tell(delivery)
+        await settled.wait()
+        if not stored[0]:
+            raise NotStored("the journal could not be written")
+
+    def statistics(self) -> RouterStatistics:
+        tree = self._owner.tree
+        dispatcher = (
+            tree.dispatcher.statistics() if tree is not None and tree.dispatcher is not None else None
+        )
+        return RouterStatistics(
+            epoch=self._epoch,
+            ingress=self._ingress.statistics,
+            undelivered=dispatcher.undelivered if dispatcher is not None else 0,
+            live_sessions=dispatcher.live_sessions if dispatcher is not None else 0,
+            waiting_for=dispatcher.waiting_for if dispatcher is not None else {},
+        )
+
+    @property
+    def delivers(self) -> bool:
+        """Whether this process holds the lease; another one on the same database may."""
+        return self._epoch is not None
+
+    async def probe(self) -> None:
+        """Ask the database for one row. Raises JournalUnavailable."""
+        await self.journal.dedup_key()
+
+    def _set_epoch(self, epoch: int | None) -> None:
+        self._epoch = epoch
+        _log.info("delivering" if epoch is not None else "not delivering", epoch=epoch)
+
+    async def prepare(self) -> None:
+        """Partitions, the ledger's key and the menu, before the first message. Raises JournalUnavailable."""
+        await self.journal.keep_house()
+        self._dedup_key = await self.journal.dedup_key()
+        await self._load_menu()
+
+    async def run(self) -> None:
+        """Until `drain` has been called and everything in hand is finished."""
+        children = [
+            ChildSpec(
+                "ingress",
+                lambda: self._ingress_address.run(self._ingress),
+                self._ingress_address.mailbox.close,
+                self._ingress_address.bury,
+            ),
+        ]
+        if self.config.delivery.enabled:
+            children.insert(0, ChildSpec("owner", self._owner.run, self._owner.drain))
+        self._supervisor = Supervisor(
+            "router",
+            children,
+            strategy=Strategy.ONE_FOR_ONE,
+            max_restarts=10,
+            period=60,
+            on_crash=_report,
+        )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_house)
+            await self._supervisor.run()
+            nursery.cancel_scope.cancel()
+
+    async def drain(self) -> None:
+        """Journal what was accepted, finish what is in hand; the rest stays in the journal."""
+        await self._supervisor.drain()
+
+    async def close(self) -> None:
+        await self._lease.close()
+        await self.journal.close()
+
+    async def _keep_house(self) -> None:
+        """Partitions are made ahead and the ledger rotates; the menu follows its table."""
+        next_house = trio.current_time() + _KEEP_HOUSE_EVERY
+        while True:
+            await trio.sleep(_MENU_EVERY)
+            try:
+                await self._load_menu()
+                if trio.current_time() >= next_house:
+                    await self.journal.keep_house()
+                    next_house = trio.current_time() + _KEEP_HOUSE_EVERY
+            except JournalUnavailable as error:
+                _report("housekeeping", error)
+
+    async def _load_menu(self) -> None:
+        self._routes.menu = HomeMenu(
+            MenuRow(row["country"], row["language"], row["domain"], row["title"], row["description"])
+            for row in await self.journal.home_menu()
+        )
+
+
+def _service_spec(service: ServiceConfig, lane: Any) -> ServiceSpec:
+    return ServiceSpec(
+        name=service.name,
+        open_lane=lane,
+        lanes=service.lanes,
+        timeout=service.timeout_ms / 1000,
+        deadline=service.deadline_ms / 1000,
+        waiting=max(2 * service.lanes, 16),
+    )
+
+
+def _report(what: str, error: Exception) -> None:
+    _log.warning("trouble", component=what, error=describe(error), exc_info=_unless_expected(error))
+
+
+def _unless_expected(error: Exception) -> Exception | None:
+    return None if isinstance(error, JournalUnavailable) else error
+
+
+@asynccontextmanager
+async def open_database(
+    config: Config, *, report: Callable[[str], None] = lambda line: None
+) -> AsyncIterator[Callable[[], str]]:
+    """The database of a configuration, as a function that gives its connection string: DATABASE_URL, or
+    the embedded Postgres in `data_dir`, started when it does not run and stopped when nobody else
+    uses it.
+
+    Raises:
+        EmbeddedPostgresError: it cannot run here.
+    """
+    if config.database_url is not None:
+        url = config.database_url
+        yield lambda: url
+        return
+    postgres = EmbeddedPostgres(config.data_dir, report=report)
+    await postgres.start()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(postgres.watch)
+            yield postgres.dsn
+            nursery.cancel_scope.cancel()
+    finally:
+        with trio.move_on_after(40) as stopping:
+            stopping.shield = True
+            await postgres.stop()
+
+
+async def migrate_database(bridge: Bridge, dsn: str, *, apply: bool) -> list[str]:
+    """Bring the schema up to date, or with `apply` false only see that it is.
+
+    Returns the names of what was applied.
+
+    Raises:
+        MigrationError: it is not up to date, or cannot be brought there.
+        JournalUnavailable: the database cannot be reached.
+    """
+    migrations = shipped_migrations()
+
+    async def work() -> list[str]:
+        try:
+            connection = await connect(dsn, name="migrate")
+        except TRANSIENT as error:
+            raise JournalUnavailable(f"cannot connect to the database: {describe(error)}") from error
+        try:
+            if apply:
+                done = await migrate(connection, migrations)
+                return [f"{one.version:04}_{one.name}" for one in done]
+            missing = await pending(connection, migrations)
+            if missing:
+                raise MigrationError(
+                    f"the database lacks {len(missing)} migration(s), from "
+                    f"{missing[0].version:04}_{missing[0].name}; "
+                    "run `postroom migrate`, or serve with --migrate"
+                )
+            return []
+        finally:
+            await connection.close()
+
+    return await bridge.run(work)
+
+
+@asynccontextmanager
+async def open_router(
+    config: Config,
+    handlers: Mapping[str, HandlerFunction] | None = None,
+    *,
+    apply_migrations: bool | None = None,
+    report: Callable[[str], None] = lambda line: None,
+    clock: Clock = utc_now,
+    random_unit: Callable[[], float] = random.random,
+) -> AsyncIterator[Router]:
+    """A router in this trio program: it journals, routes and delivers while the block runs.
+
+    `handlers` are services in process, by domain. Leaving the block drains: what was accepted is
+    journaled, running attempts are waited for, the rest stays in the journal for the next start.
+    Cancelled, it drains for at most 5 s. `apply_migrations`: by default the embedded database is
+    migrated and an outside one is only checked.
+
+    Raises:
+        ConfigError: the configuration cannot be used; every problem is listed.
+        ValueError: a handler's domain is not in the configuration.
+        EmbeddedPostgresError, MigrationError, JournalUnavailable: the database cannot be used.
+    """
+    checked(config)
+    async with AsyncExitStack() as stack:
+        dsn = await stack.enter_async_context(open_database(config, report=report))
+        bridge = await stack.enter_async_context(open_bridge())
+        apply = config.database_url is None if apply_migrations is None else apply_migrations
+        await migrate_database(bridge, dsn(), apply=apply)
+        router = Router(config, handlers or {}, bridge=bridge, dsn=dsn, clock=clock, random_unit=random_unit)
+        stack.push_async_callback(_shielded, router.close, 5.0)
+        await router.prepare()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(router.run)
+            drain_for = CANCELLED_DRAIN_SECONDS
+            try:
+                await trio.lowlevel.checkpoint()
+                yield router
+                drain_for = DRAIN_SECONDS
+            finally:
+                await _shielded(router.drain, drain_for)
+                nursery.cancel_scope.cancel()
+
+
+async def _shielded(work: Callable[[], Any], seconds: float) -> None:
+    with trio.move_on_after(seconds) as scope:
+        scope.shield = True
+        await work()
+
+
+def _body_of(envelope: Envelope) -> bytes:
+    """The body that Meta would have sent for this message."""
+    value: dict[str, Any] = {
+        "messaging_product": "whatsapp",
+        "metadata": {
+            "display_phone_number": "",
+            "phone_number_id": envelope.session.phone_number_id,
+        },
+        "messages": [dict(envelope.message)],
+    }
+    if envelope.contact is not None:
+        value["contacts"] = [dict(envelope.contact)]
+    change = {"field": "messages", "value": value}
+    return encode({"object": OBJECT, "entry": [{"id": "submitted", "changes": [change]}]})
+
+
+def inbound(
+    *,
+    phone_number_id: str,
+    message: Mapping[str, Any],
+    contact: Mapping[str, Any] | None = None,
+    correlation_id: str | None = None,
+    clock: Clock = utc_now,
+) -> Envelope:
+    """An envelope for `submit`, around a message object as Meta sends it."""
+    return Envelope(
+        id="",
+        message_id=str(message.get("id", "")),
+        domain="",
+        session=Session(key="", phone_number_id=phone_number_id),
+        message=message,
+        contact=contact,
+        received_at=clock(),
+        correlation_id=correlation_id or secrets.token_hex(16),
+    )

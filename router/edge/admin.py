@@ -1,0 +1,96 @@
+"""The admin port: quart-trio on hypercorn. Nothing hot; health for now."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import trio
+from hypercorn.config import Config as HypercornConfig
+from hypercorn.trio import serve as hypercorn_serve
+from quart import Response, jsonify
+from quart_trio import QuartTrio
+
+from actors.errors import JournalUnavailable
+from router.app import Router
+
+PROBE_SECONDS = 5.0  # the database probe's bound (M26)
+
+
+def admin_app(router: Router, *, is_ready: Callable[[], bool]) -> QuartTrio:
+    """The admin application: `/health`, `/health/live`, `/health/ready`."""
+    app = QuartTrio("postroom")
+
+    @app.get("/health/live")
+    async def live() -> Response:
+        return jsonify({"status": "healthy"})
+
+    @app.get("/health/ready")
+    async def ready() -> tuple[Response, int]:
+        database = await _probe(router)
+        healthy = is_ready() and database["status"] == "healthy"
+        return jsonify({"status": "healthy" if healthy else "unhealthy"}), 200 if healthy else 503
+
+    @app.get("/health")
+    async def health() -> tuple[Response, int]:
+        database = await _probe(router)
+        statistics = router.statistics()
+        delivery = {
+            "status": "healthy",
+            "role": "delivers" if router.delivers else "stands by",
+            "epoch": statistics.epoch,
+            "undelivered": statistics.undelivered,
+            "live_sessions": statistics.live_sessions,
+            "waiting_for": dict(statistics.waiting_for),
+        }
+        status = database["status"] if is_ready() else "unhealthy"
+        body = {"status": status, "components": {"database": database, "delivery": delivery}}
+        return jsonify(body), 200 if status == "healthy" else 503
+
+    return app
+
+
+async def _probe(router: Router) -> dict[str, Any]:
+    started = trio.current_time()
+    with trio.move_on_after(PROBE_SECONDS):
+        try:
+            await router.probe()
+        except JournalUnavailable:
+            return {"status": "unhealthy", "latency_ms": _since(started)}
+        return {"status": "healthy", "latency_ms": _since(started)}
+    return {"status": "unhealthy", "latency_ms": _since(started)}
+
+
+def _since(started: float) -> float:
+    return round((trio.current_time() - started) * 1000, 3)
+
+
+async def serve_admin(
+    app: QuartTrio,
+    host: str,
+    port: int,
+    *,
+    stopped: Callable[[], Awaitable[None]],
+    task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve until `stopped` returns; reports the URL it listens on. Raises OSError: it cannot bind."""
+    config = HypercornConfig()
+    config.bind = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}"]
+    config.accesslog = None
+    config.errorlog = logging.getLogger("postroom.admin")
+    config.graceful_timeout = 1.0
+    config.shutdown_timeout = 2.0
+    async with trio.open_nursery() as nursery:
+        binds: list[str] = await nursery.start(_hypercorn, app, config, stopped)
+        task_status.started(binds[0])
+
+
+async def _hypercorn(
+    app: QuartTrio,
+    config: HypercornConfig,
+    stopped: Callable[[], Awaitable[None]],
+    *,
+    task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    await hypercorn_serve(app, config, shutdown_trigger=stopped, task_status=task_status)

@@ -1,0 +1,75 @@
+"""The webhook as a Quart blueprint, for those who mount it in their own quart-trio app. The same
+`accept` answers as behind the hot listener.
+"""
+
+from __future__ import annotations
+
+import time
+
+import trio
+from quart import Blueprint, Response, request
+from werkzeug.exceptions import RequestEntityTooLarge, RequestTimeout
+
+from router.accept import JSON, Request, error_body
+from router.accept import Response as Answer
+from router.app import Router
+
+_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
+
+
+def webhook_blueprint(router: Router) -> Blueprint:
+    """A blueprint with every webhook path of `router`. Register it without a prefix:
+    `app.register_blueprint(webhook_blueprint(router))`.
+    """
+    blueprint = Blueprint("postroom_webhooks", __name__)
+
+    async def take() -> Response:
+        started = time.perf_counter()
+        request.max_content_length = router.config.limits.body_max_bytes
+        try:
+            body: bytes = await request.get_data(cache=False, as_text=False)  # type: ignore[assignment]  # its overloads are lost in the proxy
+        except RequestEntityTooLarge:
+            limit = router.config.limits.body_max_bytes
+            return _response(413, error_body("body_too_large", f"at most {limit} bytes"))
+        except RequestTimeout:
+            return _response(408, error_body("request_timeout", "the request took too long to arrive"))
+        headers: dict[bytes, bytes] = {}
+        for name, value in request.headers:
+            key = name.lower().encode("latin-1")
+            text = value.encode("latin-1", "replace")
+            headers[key] = headers[key] + b", " + text if key in headers else text
+        answered = trio.Event()
+        answers: list[Answer] = []
+
+        def respond(answer: Answer) -> None:
+            answers.append(answer)
+            answered.set()
+
+        await router.accept(
+            Request(
+                method=request.method.encode("ascii", "replace"),
+                path=request.path.encode("utf-8"),
+                query=request.query_string,
+                headers=headers,
+                body=body,
+                started=started,
+            ),
+            respond,
+        )
+        # When the sender hangs up this handler is cancelled here; what was taken is stored all the same.
+        await answered.wait()
+        [answer] = answers
+        response = _response(answer.status, answer.body, answer.content_type.decode())
+        for header, content in answer.headers:
+            response.headers[header.decode()] = content.decode("latin-1")
+        return response
+
+    for number, path in enumerate(router.webhooks.paths):
+        blueprint.add_url_rule(
+            path, f"webhook_{number}", take, methods=_METHODS, provide_automatic_options=False
+        )
+    return blueprint
+
+
+def _response(status: int, body: bytes, content_type: str = JSON.decode()) -> Response:
+    return Response(body, status=status, content_type=content_type)

@@ -1,0 +1,140 @@
+"""The owner's lease: a row with an epoch. The advisory lock beside it is only a hint that lets a
+successor start at once when the holder's database session has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable
+from datetime import timedelta
+
+import asyncpg
+import trio
+
+from actors.errors import JournalUnavailable
+
+from .bridge import Bridge
+from .connections import Line
+from .errors import TRANSIENT, translated
+from .statements import statements
+
+_SQL = statements("lease")
+
+TTL = timedelta(seconds=5)
+RENEW_EVERY = 1.0  # seconds
+_MARGIN = 0.5  # seconds before the end in which nothing new is started
+_LOOK_EVERY = 0.5  # seconds between looks of one that stands by
+_DEAD_LETTERS = "postroom_dead_letters"
+_JOURNAL = "postroom_journal"
+
+
+class PostgresLease:
+    """`on_journal` and `on_dead_letters` are called in the trio thread when another process has
+    journaled something, or asked for dead letters to be retried.
+    """
+
+    def __init__(
+        self,
+        bridge: Bridge,
+        dsn: Callable[[], str],
+        *,
+        on_journal: Callable[[], None],
+        on_dead_letters: Callable[[], None],
+    ) -> None:
+        self._bridge = bridge
+        self._on_journal = on_journal
+        self._on_dead_letters = on_dead_letters
+        self._holder = uuid.uuid4()
+        self._line = Line(dsn, "lease", on_open=self._opened)
+        self._valid_until = float("-inf")  # trio's clock
+        self._connected = False
+        self._locked = False
+
+    def held(self) -> bool:
+        return self._connected and trio.current_time() < self._valid_until - _MARGIN
+
+    async def acquire(self) -> int:
+        while True:
+            asked = trio.current_time()
+            try:
+                epoch = await self._bridge.run(self._take)
+            except JournalUnavailable:
+                epoch = None
+            if epoch is not None:
+                self._valid_until = asked + TTL.total_seconds()
+                return epoch
+            await trio.sleep(_LOOK_EVERY)
+
+    async def hold(self, epoch: int) -> None:
+        while True:
+            await trio.sleep(RENEW_EVERY)
+            asked = trio.current_time()
+            try:
+                if not await self._bridge.run(lambda: self._renew(epoch)):
+                    self._valid_until = float("-inf")
+                    await self._bridge.run(self._let_go)
+                    return
+            except JournalUnavailable:
+                continue
+            self._valid_until = asked + TTL.total_seconds()
+
+    async def end(self, epoch: int) -> None:
+        self._valid_until = float("-inf")
+        await self._bridge.run(lambda: self._end(epoch))
+
+    async def close(self) -> None:
+        await self._bridge.run(self._line.close)
+
+    async def _opened(self, connection: asyncpg.Connection) -> None:
+        await connection.add_listener(_JOURNAL, lambda *_: self._bridge.call_soon(self._on_journal))
+        await connection.add_listener(_DEAD_LETTERS, lambda *_: self._bridge.call_soon(self._on_dead_letters))
+        connection.add_termination_listener(lambda _: self._bridge.call_soon(self._lost))
+        self._locked = False
+        self._bridge.call_soon(self._found)
+
+    def _found(self) -> None:
+        self._connected = True
+        # What was said while nobody listened is looked for.
+        self._on_journal()
+        self._on_dead_letters()
+
+    def _lost(self) -> None:
+        self._connected = False
+
+    async def _take(self) -> int | None:
+        with translated("lease"):
+            try:
+                async with self._line.use() as connection:
+                    if not self._locked:
+                        self._locked = await connection.fetchval(_SQL["hold_session_lock"])
+                    epoch: int | None = await connection.fetchval(
+                        _SQL["take"], self._holder, TTL, self._locked
+                    )
+                    return epoch
+            except TRANSIENT:
+                self._line.drop()
+                raise
+
+    async def _renew(self, epoch: int) -> bool:
+        with translated("lease"):
+            try:
+                async with asyncio.timeout(TTL.total_seconds()), self._line.use() as connection:
+                    renewed: bool = await connection.fetchval(_SQL["renew"], epoch, TTL)
+                    if renewed and not self._locked:
+                        self._locked = await connection.fetchval(_SQL["hold_session_lock"])
+                    return renewed
+            except TRANSIENT:
+                self._line.drop()
+                raise
+
+    async def _end(self, epoch: int) -> None:
+        with translated("lease"):
+            async with self._line.use() as connection:
+                await connection.execute(_SQL["end"], epoch)
+        await self._let_go()
+
+    async def _let_go(self) -> None:
+        """Close the session: with it goes the lock, which is for the next holder."""
+        self._locked = False
+        await self._line.close()

@@ -1,0 +1,29 @@
+-- name: lock
+SELECT pg_advisory_lock(7305, 5);
+
+-- name: unlock
+SELECT pg_advisory_unlock(7305, 5);
+
+-- name: has_history
+SELECT to_regclass('postroom_migrations') IS NOT NULL;
+
+-- name: foreign_tables
+SELECT relname AS name FROM pg_class
+ WHERE relnamespace = current_schema()::regnamespace
+   AND relname IN ('wa_events', 'whatsapp_messages', 'whatsapp_messages_items', 'message_outcomes', 'user_sessions',
+                   'webhook_dlq', 'processed_webhook_messages', 'journal_head', 'leases', 'session_names')
+ ORDER BY relname;
+
+-- name: make_history
+CREATE TABLE IF NOT EXISTS postroom_migrations (
+    version    integer PRIMARY KEY,
+    name       text NOT NULL,
+    checksum   text NOT NULL,
+    applied_at timestamptz NOT NULL DEFAULT now()
+);
+
+-- name: history
+SELECT version, checksum FROM postroom_migrations ORDER BY version;
+
+-- name: record
+INSERT INTO postroom_migrations (version, name, checksum) VALUES ($1, $2, $3);

@@ -1,0 +1,108 @@
+"""`postroom serve`: the hot listener and the admin port around a router, from start to drained exit."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
+
+import trio
+
+from actors.messages import Ack, Envelope, Reply
+from router.app import Router, open_router
+from router.config import Config
+from router.delivery.in_process import HandlerFunction
+from router.edge.http1 import Listener
+
+_DRAIN_LISTENER_SECONDS = 10.0
+
+
+class CannotListen(Exception):
+    """A port cannot be listened on; the message names it and the fix."""
+
+
+async def serve(
+    config: Config,
+    *,
+    handlers: Mapping[str, HandlerFunction] | None = None,
+    apply_migrations: bool | None,
+    announce: Callable[[str], None],
+    report: Callable[[str], None],
+) -> None:
+    """Serve until SIGTERM or SIGINT, then drain and return. `announce` gets the ready line.
+
+    Raises:
+        CannotListen: an address is taken or not ours.
+        ConfigError, EmbeddedPostgresError, MigrationError, JournalUnavailable: as open_router.
+    """
+    listener = Listener(config.limits)
+    try:
+        port = listener.bind(config.host, config.port)
+    except OSError as error:
+        raise CannotListen(
+            f"cannot listen on {config.host}:{config.port}: {error.strerror or error}; use --host or --port"
+        ) from error
+    async with AsyncExitStack() as stack:
+        signals = stack.enter_context(trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT))
+        stop = trio.Event()
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        nursery.start_soon(_watch_signals, signals, stop, nursery.cancel_scope)
+        async with (
+            open_router(config, handlers, apply_migrations=apply_migrations, report=report) as router,
+            trio.open_nursery() as edges,
+        ):
+            edges.start_soon(listener.serve, router.accept)
+            admin = await _start_admin(edges, router, config, stop)
+            first = router.webhooks.paths[0]
+            announce(
+                f"ready webhook=http://{_shown(config.host)}:{port}{first} admin={admin} "
+                f"data={config.data_dir.resolve()}"
+            )
+            await stop.wait()
+            listener.drain()
+            with trio.move_on_after(_DRAIN_LISTENER_SECONDS):
+                await listener.drained()
+            edges.cancel_scope.cancel()
+        nursery.cancel_scope.cancel()
+
+
+async def _start_admin(nursery: trio.Nursery, router: Router, config: Config, stop: trio.Event) -> str:
+    # Imported here: it takes longer than all the rest of the start, and the listener is open already.
+    from router.edge.admin import admin_app, serve_admin
+
+    app = admin_app(router, is_ready=lambda: not stop.is_set())
+
+    async def admin(*, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
+        await serve_admin(
+            app, config.admin_host, config.admin_port, stopped=stop.wait, task_status=task_status
+        )
+
+    try:
+        url: str = await nursery.start(admin)
+    except* OSError as group:
+        error = group.exceptions[0]
+        raise CannotListen(
+            f"cannot listen on {config.admin_host}:{config.admin_port}: {error}; "
+            "use --admin-host or --admin-port"
+        ) from error
+    return url
+
+
+async def _watch_signals(signals: object, stop: trio.Event, scope: trio.CancelScope) -> None:
+    """The first signal drains, the second one does not wait for that."""
+    async for _ in signals:  # type: ignore[attr-defined]  # trio gives it no public type
+        if stop.is_set():
+            scope.cancel()
+        stop.set()
+
+
+def _shown(host: str) -> str:
+    if host in ("0.0.0.0", "::", ""):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
+
+
+async def echo(envelope: Envelope) -> Ack:
+    """The service that `serve --dev` has for every domain: it says what it heard."""
+    said = envelope.text or str(envelope.message.get("type", "something"))
+    return Ack((Reply(f"{envelope.domain} heard: {said}"[:4096]),))
