@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
+
+# Levels of objects and arrays. Meta's own bodies have about a dozen; what is read must also be written
+# again inside another object, and the writers give up at 254.
+MAX_NESTING = 200
 
 # A surrogate pair is one character, and jsonb takes it; NUL and half of a pair it does not take. A
 # backslash that is itself escaped begins no escape.
@@ -20,33 +26,53 @@ def _replaced(match: re.Match[str]) -> str:
     return escape if escape == "\\\\" or len(escape) == 12 else "\\ufffd"
 
 
+_WRITER = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+_ANY_WRITER = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"), default=str)
+
+
 def parse(body: bytes) -> Any:
     """The JSON value. The lenient parser takes what the fast one refuses: lone surrogates, NaN.
 
     Raises:
-        ValueError: it is not JSON, or nested too deep.
+        ValueError: it is not JSON, or nested deeper than MAX_NESTING.
     """
     try:
-        return orjson.loads(body)
+        value = orjson.loads(body)
     except orjson.JSONDecodeError:
-        pass
-    try:
-        return json.loads(body.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {type(error).__name__}") from None
+        try:
+            value = json.loads(body.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"not JSON: {type(error).__name__}") from None
+    if body.count(b"[") + body.count(b"{") > MAX_NESTING and _is_deep(value):
+        raise ValueError(f"nested deeper than {MAX_NESTING}")
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_NESTING + 1):
+        level = [one for one in level if isinstance(one, dict | list)]
+        if not level:
+            return False
+        level = [child for one in level for child in (one.values() if isinstance(one, dict) else one)]
+    return True
 
 
 def encode(value: Any) -> bytes:
-    """JSON bytes of a parsed value, also where a text in it has no UTF-8 form."""
+    """JSON bytes of a parsed value, also where a text in it has no UTF-8 form. NaN and infinities are
+    written as null.
+    """
     try:
         return orjson.dumps(value)
     except TypeError:
-        return json.dumps(value, ensure_ascii=True, separators=(",", ":")).encode("ascii")
+        return _written(_WRITER, value).encode("ascii")
 
 
 def storable(value: Any) -> str:
-    """JSON text that jsonb takes: NUL and lone surrogates, which it has no room for, become U+FFFD."""
-    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), default=str)
+    """JSON text that jsonb takes: NUL and lone surrogates, which it has no room for, become U+FFFD, NaN
+    and infinities null.
+    """
+    text = _written(_ANY_WRITER, value)
     return _ESCAPES.sub(_replaced, text) if "\\u" in text else text
 
 
@@ -54,8 +80,24 @@ def is_storable(value: Any) -> bool:
     """Whether jsonb keeps this value as it is (and it is JSON at all)."""
     try:
         text = orjson.dumps(value)
-    except TypeError:
+        _WRITER.encode(value)  # refuses NaN, and the dates and objects that orjson has a form for
+    except (TypeError, ValueError):
         return False
     return b"\\u0000" not in text or all(
         match.group() == "\\\\" or len(match.group()) == 12 for match in _ESCAPES.finditer(text.decode())
     )
+
+
+def _written(writer: json.JSONEncoder, value: Any) -> str:
+    try:
+        return writer.encode(value)
+    except ValueError:
+        return writer.encode(_finite(value))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -82,7 +82,8 @@ class Routes:
     def _fall_back(self, message: JsonObject, country: str | None) -> Route:
         if self._fallback != "menu":
             return Route("fallback", self._fallback, "nothing claims the message")
-        if message.get("type") in _WITHOUT_WORDS:
+        kind = message.get("type")
+        if isinstance(kind, str) and kind in _WITHOUT_WORDS:
             return Route("fallback", None, "nothing claims the message, and it asks for no answer")
         reply = self.menu.reply(country, self._language)
         return Route("fallback", None, "nothing claims the message: home menu", (reply,))

@@ -31,6 +31,8 @@ class Mailbox(Generic[T]):
     """
 
     __slots__ = ("_capacity", "_closed", "_items", "_putters", "_readers", "put_count")
+    # Room goes to waiting putters at the moment it appears, oldest first: a task that is merely woken
+    # runs in no particular order, and somebody else could be quicker.
 
     def __init__(self, capacity: int) -> None:
         if capacity < 1:
@@ -39,7 +41,7 @@ class Mailbox(Generic[T]):
         self._items: deque[T] = deque()
         self._closed = False
         self.put_count = 0
-        self._putters = trio.lowlevel.ParkingLot()
+        self._putters: dict[trio.lowlevel.Task, T] = {}
         self._readers = trio.lowlevel.ParkingLot()
 
     def __len__(self) -> int:
@@ -62,12 +64,12 @@ class Mailbox(Generic[T]):
         """Append without waiting; returns its ticket (1 for the first message ever put).
 
         Raises:
-            MailboxFull: there is no room, or tasks are already waiting for it (they come first).
+            MailboxFull: there is no room (tasks that wait for it get it first).
             MailboxClosed: it was closed.
         """
         if self._closed:
             raise MailboxClosed
-        if len(self._items) >= self._capacity or self._putters:
+        if len(self._items) >= self._capacity:
             raise MailboxFull
         return self._append(item)
 
@@ -85,26 +87,28 @@ class Mailbox(Generic[T]):
             MailboxClosed: it was closed, before or while waiting.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        if not self._closed and len(self._items) < self._capacity and not self._putters:
+        if self._closed:
+            raise MailboxClosed
+        if len(self._items) < self._capacity:
             ticket = self._append(item)
             await trio.lowlevel.cancel_shielded_checkpoint()
             return ticket
-        while True:
-            if self._closed:
-                raise MailboxClosed
-            if len(self._items) < self._capacity:
-                break
-            try:
-                await self._putters.park()
-            except trio.Cancelled:
-                # The room this task was woken for belongs to the next in line.
-                if len(self._items) < self._capacity:
-                    self._putters.unpark()
-                raise
-        ticket = self._append(item)
-        if len(self._items) < self._capacity and self._putters:
-            self._putters.unpark()
-        return ticket
+        task = trio.lowlevel.current_task()
+        self._putters[task] = item
+
+        def give_up(_: trio.lowlevel.RaiseCancelT) -> trio.lowlevel.Abort:
+            del self._putters[task]
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        waited: int = await trio.lowlevel.wait_task_rescheduled(give_up)
+        return waited
+
+    def _admit(self) -> None:
+        """Give the room there is to those who wait for it."""
+        while self._putters and len(self._items) < self._capacity:
+            task = next(iter(self._putters))
+            ticket = self._append(self._putters.pop(task))
+            trio.lowlevel.reschedule(task, outcome.Value(ticket))
 
     async def drain(self, limit: int | None = None) -> list[T]:
         """Wait until something is there, then take all of it (at most `limit`), oldest first.
@@ -133,19 +137,21 @@ class Mailbox(Generic[T]):
         else:
             batch = [items.popleft() for _ in range(limit)]
         if self._putters:
-            self._putters.unpark(count=self._capacity - len(items))
+            self._admit()
         return batch
 
     def close(self) -> None:
         """Take nothing more. The reader still gets what is there; waiting putters get MailboxClosed."""
         self._closed = True
-        self._putters.unpark_all()
+        putters, self._putters = self._putters, {}
+        for task in putters:
+            trio.lowlevel.reschedule(task, outcome.Error(MailboxClosed()))
         self._readers.unpark_all()
 
     def statistics(self) -> MailboxStatistics:
         return MailboxStatistics(
             waiting=len(self._items),
             capacity=self._capacity,
-            tasks_waiting_put=self._putters.statistics().tasks_waiting,
+            tasks_waiting_put=len(self._putters),
             closed=self._closed,
         )

@@ -72,6 +72,8 @@ class Splitter:
             items = self.split(document)
 
         def without(positions: frozenset[int]) -> Delivery | None:
+            if len(positions) == len(items):
+                return None
             left = cut(document, {items[position].path for position in positions})
             if left is None:
                 return None
@@ -129,7 +131,7 @@ class Splitter:
             number, wrong = None, "no_phone_number_id"
         elif not self._is_ours(number):
             wrong = "foreign_number"
-        contacts = value.get("contacts")
+        contacts = _Contacts(value.get("contacts"))
         empty = True
         for message_path, message in _listed(value, "messages", path, "m"):
             empty = False
@@ -145,7 +147,7 @@ class Splitter:
             yield self._bucketed(Kind.CHANGE, path, Bucket.HANDLED, "messages")
 
     def _message(
-        self, message: Any, path: str, number: str | None, wrong: str | None, contacts: Any
+        self, message: Any, path: str, number: str | None, wrong: str | None, contacts: _Contacts
     ) -> Incoming:
         if not isinstance(message, dict):
             return self._bucketed(Kind.MESSAGE, path, Bucket.MALFORMED, "not_an_object", number)
@@ -161,7 +163,7 @@ class Splitter:
             if message_id is not None and _storable(message_id):
                 item.message_id = message_id
             return item
-        contact = _contact(message, contacts)
+        contact = contacts.of(message)
         wa_id, user_id, names = _names(message, contact)
         item = Incoming(
             Kind.MESSAGE,
@@ -237,7 +239,9 @@ def item_at(document: Any, path: str) -> tuple[Mapping[str, Any], Mapping[str, A
         message = value["messages"][int(m[1:])]
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise LookupError(f"no message at {path!r}") from error
-    return message, _contact(message, value.get("contacts"))
+    if not m.startswith("m") or not isinstance(message, dict):
+        raise LookupError(f"no message at {path!r}")
+    return message, _Contacts(value.get("contacts")).of(message)
 
 
 def sender(message: Mapping[str, Any], contact: Mapping[str, Any] | None) -> tuple[str | None, str | None]:
@@ -252,13 +256,14 @@ def cut(document: Any, paths: set[str]) -> Any:
     """
     entries = []
     for e, entry in enumerate(document["entry"]):
-        if not isinstance(entry, dict) or not isinstance(entry.get("changes"), list):
+        changes = entry.get("changes") if isinstance(entry, dict) else None
+        if not isinstance(changes, list) or not changes:
             if f"{e}" not in paths:
                 entries.append(entry)
             continue
         changes = [
             left
-            for c, change in enumerate(entry["changes"])
+            for c, change in enumerate(changes)
             if (left := _cut_change(change, f"{e}.{c}", paths)) is not None
         ]
         if changes:
@@ -290,8 +295,9 @@ def _cut_change(change: Any, path: str, paths: set[str]) -> Any:
     contacts = value.get("contacts")
     if isinstance(contacts, list):
         kept_messages = left.get("messages", [])
-        needed = [_contact(message, contacts) for message in kept_messages if isinstance(message, dict)]
-        left["contacts"] = [one for one in contacts if any(one is other for other in needed)]
+        named = _Contacts(contacts)
+        needed = {id(named.of(message)) for message in kept_messages if isinstance(message, dict)}
+        left["contacts"] = [one for one in contacts if isinstance(one, dict) and id(one) in needed]
         if not left["contacts"]:
             del left["contacts"]
     return {**change, "value": left}
@@ -304,18 +310,28 @@ def _listed(value: Mapping[str, Any], name: str, path: str, letter: str) -> Iter
             yield f"{path}.{letter}{index}", one
 
 
-def _contact(message: Mapping[str, Any], contacts: Any) -> dict[str, Any] | None:
-    """The contact that names this message's sender, by number or by business-scoped id."""
-    if not isinstance(contacts, list):
-        return None
-    wa_id, user_id = message.get("from"), message.get("from_user_id")
-    for contact in contacts:
-        if isinstance(contact, dict) and (
-            (wa_id is not None and contact.get("wa_id") == wa_id)
-            or (user_id is not None and contact.get("user_id") == user_id)
-        ):
-            return contact
-    return None
+class _Contacts:
+    """The contacts of one change, by what they are known by: a body may have a thousand."""
+
+    def __init__(self, contacts: Any) -> None:
+        self._listed: list[Any] = contacts if isinstance(contacts, list) else []
+        self._positions: dict[tuple[str, str], int] | None = None
+
+    def of(self, message: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """The first contact that names this message's sender, by number or by business-scoped id."""
+        if self._positions is None:
+            self._positions = {}
+            for position, contact in enumerate(self._listed):
+                if isinstance(contact, dict):
+                    for key in ("wa_id", "user_id"):
+                        if (name := _text(contact, key)) is not None:
+                            self._positions.setdefault((key, name), position)
+        positions = [
+            self._positions[key, name]
+            for key, name in (("wa_id", _text(message, "from")), ("user_id", _text(message, "from_user_id")))
+            if name is not None and (key, name) in self._positions
+        ]
+        return self._listed[min(positions)] if positions else None
 
 
 def _names(

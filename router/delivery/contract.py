@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -64,20 +65,37 @@ def read_answer(body: bytes, known_domain: KnownDomain) -> Ack | Unreadable:
 
 
 def checked(ack: Ack, known_domain: KnownDomain) -> Ack | Unreadable:
-    """The same Ack, when everything in it can be stored and means something."""
-    for reply in ack.replies:
-        if not isinstance(reply, Reply) or not is_storable(reply.as_message()):
+    """The same Ack, when everything in it can be stored and means something. Takes nothing for granted:
+    a handler is not type-checked.
+    """
+    replies: object = ack.replies
+    if not isinstance(replies, tuple | list):
+        return Unreadable("replies is not a tuple")
+    for reply in replies:
+        if not isinstance(reply, Reply) or not _is_object(reply.as_message()):
             return Unreadable("a reply cannot be stored as JSON")
-    change = ack.session
-    if change is not None:
-        active = change.active_service
-        if isinstance(active, str) and not known_domain(active):
-            return Unreadable("session.active_service names no domain")
-        if change.state is not UNCHANGED and not (
-            isinstance(change.state, Mapping) and is_storable(dict(change.state))
-        ):
-            return Unreadable("session.state cannot be stored as JSON")
-    return ack
+    change: object = ack.session
+    if change is None:
+        return ack
+    if not isinstance(change, SessionChange):
+        return Unreadable("session is not a SessionChange")
+    active: object = change.active_service
+    if active is not None and active is not UNCHANGED and not _is_domain(active, known_domain):
+        return Unreadable("session.active_service names no domain")
+    state = change.state
+    if state is UNCHANGED:
+        return ack
+    if not _is_object(state):
+        return Unreadable("session.state cannot be stored as JSON")
+    return ack if isinstance(state, dict) else replace(ack, session=replace(change, state=dict(state)))
+
+
+def _is_domain(name: object, known_domain: KnownDomain) -> bool:
+    return isinstance(name, str) and known_domain(name)
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, Mapping) and is_storable(dict(value))
 
 
 def _replies(listed: Any) -> tuple[Reply, ...] | Unreadable:

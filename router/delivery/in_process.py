@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -33,8 +34,13 @@ class InProcess:
             return Retry(reason=f"handler raised {type(error).__name__}")
         if isinstance(outcome, Ack):
             return checked(outcome, self._known_domain)
-        if isinstance(outcome, Retry | Reject):
-            return outcome
+        if isinstance(outcome, Retry):
+            after = outcome.after
+            if after is not None and not (isinstance(after, int | float) and math.isfinite(after)):
+                return Retry(reason="handler returned a Retry whose `after` is no number of seconds")
+            return Retry(after, str(outcome.reason))
+        if isinstance(outcome, Reject):
+            return Reject(str(outcome.reason))
         return Retry(reason=f"handler returned {type(outcome).__name__}, not Ack, Retry or Reject")
 
 

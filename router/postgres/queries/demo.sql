@@ -1,0 +1,5 @@
+-- name: stored
+SELECT message_id FROM whatsapp_messages WHERE direction = 'inbound' AND message_id IS NOT NULL;
+
+-- name: dead_letters
+SELECT message_id FROM webhook_dlq WHERE message_id IS NOT NULL;
