@@ -31,7 +31,7 @@ class _Conversation:
 
     held: deque[Item] = field(default_factory=deque)  # given to the live child, oldest first
     backlog: deque[int] = field(default_factory=deque)  # only in the journal, oldest first
-    uncommitted: int = 0  # finished by the child, not yet committed
+    uncommitted: deque[Item] = field(default_factory=deque)  # finished by the child, not yet committed
     waits_for: str | None = None  # the service it stands in line for
     queued: bool = False  # in the ready line or being paged in
 
@@ -54,7 +54,7 @@ class Dispatcher:
     """Owned by one task tree; all methods that are not async return at once.
 
     `hold` (K) bounds what one session holds, `max_live` how many sessions are live, `max_backlog` how
-    many seqs are remembered: beyond it the tail of the journal is not read on until half is worked off.
+    many seqs are remembered: beyond it the tail of the journal is not read on.
     """
 
     def __init__(
@@ -92,6 +92,8 @@ class Dispatcher:
         self._crashed: list[str] = []  # sessions whose backlog waits a moment after a crash
         self._waiters: list[tuple[str, int | None, trio.Event]] = []
         self._backlog_size = 0
+        self._seats_kept = 0  # for sessions whose messages are being read
+        self._mark = 0  # the furthest low-water mark that was given out
         self._newest = 0
         self._recovered = 0
         self._behind: list[tuple[int, int, list[Item]]] = []  # flushes committed while the tail is read
@@ -122,6 +124,9 @@ class Dispatcher:
         """Give a claimed dead letter to its session; False when that session has no room now."""
         if not self._live or self._closing:
             return False
+        if not self._has_seat(item.session_key):
+            self._family.passivate_oldest()
+            return False
         conversation = self._conversations.setdefault(item.session_key, _Conversation())
         given = (
             not conversation.backlog
@@ -136,6 +141,7 @@ class Dispatcher:
 
     def park(self, key: str, service: str) -> None:
         conversation = self._conversations[key]
+        self._family.take_back(key)
         self._give_back(conversation)
         called = self._called.pop(key, None)
         if conversation.backlog:
@@ -144,6 +150,8 @@ class Dispatcher:
         if called is not None and called != service:
             self.room(called)
         self._forget_if_done(key, conversation)
+        if self._ready:
+            self._wake_pager.set()  # others wait for a seat, and this one falls idle
 
     def room(self, service: str) -> None:
         """That service can take a delivery: the first session in its line may try."""
@@ -161,31 +169,33 @@ class Dispatcher:
     def finished(self, key: str, item: Item) -> None:
         conversation = self._conversations[key]
         conversation.held.popleft()
-        conversation.uncommitted += 1
+        conversation.uncommitted.append(item)
         self._uncall(key)
         if conversation.backlog and len(conversation.held) * 2 <= self._hold:
             self._enqueue(key, conversation)
+        if self._ready and not conversation.held:
+            self._wake_pager.set()  # others wait for a seat, and this one falls idle
 
     def committed(self, completions: Iterable[Completion], stragglers: Sequence[int]) -> None:
         """These are durable now, outcomes and straggler rows alike."""
-        del self._new_stragglers[: len(stragglers)]
+        have_rows = set(stragglers)
         for completion in completions:
             item = completion.item
             if item.dead_letter is None:
                 self._open.discard(item.seq)
-                self._stragglers.discard(item.seq)
                 self._attempted.discard(item.seq)
+                if item.seq in self._stragglers:
+                    self._stragglers.discard(item.seq)
+                    have_rows.add(item.seq)
             conversation = self._conversations.get(item.session_key)
-            if conversation is not None:
-                conversation.uncommitted -= 1
+            # What the dispatcher before this one left with the completer was not counted here.
+            if conversation is not None and conversation.uncommitted:
+                if conversation.uncommitted[0] is item:
+                    conversation.uncommitted.popleft()
                 self._forget_if_done(item.session_key, conversation)
-        if self._waiters:
-            waiters, self._waiters = self._waiters, []
-            for waiter in waiters:
-                if self._is_drained(waiter[0], waiter[1]):
-                    waiter[2].set()
-                else:
-                    self._waiters.append(waiter)
+        if have_rows:
+            self._new_stragglers = [seq for seq in self._new_stragglers if seq not in have_rows]
+        self._release_waiters()
 
     async def until_committed(self, key: str) -> None:
         """Return when nothing that this session finished is uncommitted."""
@@ -202,7 +212,8 @@ class Dispatcher:
             seq = order.popleft()
             if seq in still_open and seq not in self._stragglers:
                 self._set_apart(seq)
-        return (order[0] if order else self._newest + 1), list(self._new_stragglers)
+        self._mark = max(self._mark, order[0] if order else self._newest + 1)
+        return self._mark, list(self._new_stragglers)
 
     def statistics(self) -> DispatcherStatistics:
         return DispatcherStatistics(
@@ -305,7 +316,9 @@ class Dispatcher:
                 wanted = self._next_page()
                 if not wanted:
                     break
+                self._seats_kept = sum(key not in self._family for key in set(wanted.values()))
                 items = await self._patiently(self._journal.read, list(wanted))
+                self._seats_kept = 0
                 self._hand_out(wanted, {item.seq: item for item in items})
 
     def _next_page(self) -> dict[int, str]:
@@ -341,6 +354,7 @@ class Dispatcher:
             item = items.get(seq)
             if item is None:  # erased: nothing is left to deliver
                 self._open.discard(seq)
+                self._release_waiters()
             else:
                 if seq <= self._recovered or seq in self._attempted:
                     item = replace(item, redelivered=True)
@@ -362,7 +376,7 @@ class Dispatcher:
         if seq in self._open:
             return
         self._open.add(seq)
-        if self._order and seq < self._order[-1]:
+        if seq < self._mark or (self._order and seq < self._order[-1]):
             self._set_apart(seq)  # the mark may have passed it
         else:
             self._order.append(seq)
@@ -373,7 +387,7 @@ class Dispatcher:
             item is not None
             and not conversation.backlog
             and conversation.waits_for is None
-            and (key in self._family or len(self._family) < self._max_live)
+            and self._has_seat(key)
             and self._give(key, conversation, item)
         ):
             return
@@ -382,8 +396,15 @@ class Dispatcher:
         if not conversation.held and conversation.waits_for is None and key not in self._crashed:
             self._enqueue(key, conversation)
 
+    def _has_seat(self, key: str) -> bool:
+        """It is live, or may become so without taking the place of one that waits for its own."""
+        taken = len(self._family) + self._seats_kept + len(self._ready)
+        return key in self._family or taken < self._max_live
+
     def _give(self, key: str, conversation: _Conversation, item: Item) -> bool:
-        if len(conversation.held) >= self._hold:
+        if len(conversation.held) >= self._hold or (
+            key not in self._family and len(self._family) >= self._max_live
+        ):
             return False
         try:
             self._family.tell_nowait(key, item)
@@ -458,6 +479,14 @@ class Dispatcher:
             return True
         oldest = [item.seq for item in conversation.held] + list(conversation.backlog)[:1]
         return all(seq >= before for seq in oldest)
+
+    def _release_waiters(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if self._is_drained(waiter[0], waiter[1]):
+                waiter[2].set()
+            else:
+                self._waiters.append(waiter)
 
     async def _until_drained(self, key: str, before: int | None) -> None:
         if not self._is_drained(key, before):

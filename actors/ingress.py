@@ -4,6 +4,7 @@ when the one before it has committed; no timer sits in the path of a lone messag
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -48,18 +49,13 @@ class Ingress(Actor[Delivery]):
         self.statistics = IngressStatistics()
 
     async def receive(self, batch: list[Delivery]) -> None:
-        for flush in self._flushes(batch):
-            try:
-                await self._append(flush)
-            except JournalUnavailable as error:
-                self._on_refused(error)
-                self.statistics.refused += len(flush)
-                for delivery in flush:
-                    delivery.settle(False)
-            except BaseException:
-                for delivery in flush:
-                    delivery.settle(False)
-                raise
+        unsettled = deque(batch)
+        try:
+            for flush in self._flushes(batch):
+                await self._flush(flush, unsettled)
+        except BaseException:
+            _settle(unsettled, len(unsettled), False)
+            raise
 
     def _flushes(self, batch: list[Delivery]) -> Iterator[list[Delivery]]:
         flush: list[Delivery] = []
@@ -75,23 +71,32 @@ class Ingress(Actor[Delivery]):
             size += len(delivery.body)
         yield flush
 
-    async def _append(self, flush: list[Delivery]) -> None:
-        stored, duplicates = _cut_repeats(flush)
-        while True:
-            result = await self._journal.append(stored, duplicates=duplicates)
-            if not isinstance(result, Duplicates):
-                break
-            duplicates += len(result.positions)
-            stored = _cut(stored, result.positions)
+    async def _flush(self, flush: list[Delivery], unsettled: deque[Delivery]) -> None:
+        try:
+            stored, duplicates, result = await self._append(flush)
+        except JournalUnavailable as error:
+            self._on_refused(error)
+            self.statistics.refused += len(flush)
+            _settle(unsettled, len(flush), False)
+            return
         self.statistics.flushes += 1
         self.statistics.duplicates += duplicates
         # Answer first: the phones' side waits for nothing that delivery does.
-        for delivery in flush:
-            delivery.settle(True)
+        _settle(unsettled, len(flush), True)
         if result is None:
             self._look()  # committed, but only the journal knows as what
         elif stored:
             self._hand_on(stored, result)
+
+    async def _append(self, flush: list[Delivery]) -> tuple[list[Delivery], int, Appended | None]:
+        """What was stored of the flush, how many duplicates it had, and where the rest stands."""
+        stored, duplicates = _cut_repeats(flush)
+        while True:
+            result = await self._journal.append(stored, duplicates=duplicates)
+            if not isinstance(result, Duplicates):
+                return stored, duplicates, result
+            duplicates += len(result.positions)
+            stored = _cut(stored, result.positions)
 
     def _hand_on(self, stored: list[Delivery], result: Appended) -> None:
         seq = first = result.first_seq
@@ -120,6 +125,12 @@ class Ingress(Actor[Delivery]):
                 seq += 1
         self.statistics.items += seq - first
         self._feed(first, seq - 1, items)
+
+
+def _settle(unsettled: deque[Delivery], count: int, stored: bool) -> None:
+    """Answer the first `count` of them."""
+    for _ in range(count):
+        unsettled.popleft().settle(stored)
 
 
 def _cut_repeats(flush: list[Delivery]) -> tuple[list[Delivery], int]:

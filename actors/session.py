@@ -116,6 +116,7 @@ class SessionActor:
 
     async def _current(self, item: Item) -> Session:
         if self._session is None:
+            await self._committed(self._key)  # by the incarnation before this one, if it crashed
             self._session = await self._load(self._key)
             if self._session is None and item.joins is not None:
                 absorbed = await self._load(item.joins)

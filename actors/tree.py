@@ -71,37 +71,15 @@ class DeliveryTree:
     ) -> None:
         self._spec = spec
         self._epoch = epoch
+        self._may_attempt = may_attempt
         self._on_lease_lost = on_lease_lost
         self._versions = count((epoch << 40) + 1)  # they never repeat: no epoch makes 2**40 changes
         self.completer: Address[Completion] = Address("completer", spec.completer_capacity)
         self._loader: Address[Load] = Address("session-loader", spec.max_live_sessions)
-        self.services: Mapping[str, Service] = {
-            service.name: Service(
-                service.name,
-                open_lane=service.open_lane,
-                lanes=service.lanes,
-                capacity=service.waiting,
-                timeout=service.timeout,
-                deadline=service.deadline,
-                policy=spec.retry,
-                may_attempt=may_attempt,
-                on_room=self._room,
-            )
-            for service in spec.services
-        }
+        self.services: Mapping[str, Service] = {}
+        self._draining: set[str] = set()  # children that were asked to finish, also those not there yet
         self.dispatcher: Dispatcher | None = None
         self._replayer: Replayer | None = None
-        self._services = Supervisor(
-            "services",
-            [
-                ChildSpec(name, service.run, service.address.mailbox.close, service.address.bury)
-                for name, service in self.services.items()
-            ],
-            strategy=Strategy.ONE_FOR_ONE,
-            max_restarts=20,
-            period=60,
-            on_crash=spec.report,
-        )
         self._supervisor = Supervisor(
             "delivery",
             [
@@ -155,9 +133,39 @@ class DeliveryTree:
             await trio.sleep_forever()  # the owner ends this tree
 
     async def _run_services(self) -> None:
-        await self._services.run()
+        """Services anew: the mailboxes of those before are buried."""
+        spec = self._spec
+        self.services = {
+            service.name: Service(
+                service.name,
+                open_lane=service.open_lane,
+                lanes=service.lanes,
+                capacity=service.waiting,
+                timeout=service.timeout,
+                deadline=service.deadline,
+                policy=spec.retry,
+                may_attempt=self._may_attempt,
+                on_room=self._room,
+            )
+            for service in spec.services
+        }
+        if "services" in self._draining:
+            self._drain_services()
+        supervisor = Supervisor(
+            "services",
+            [
+                ChildSpec(name, service.run, service.address.mailbox.close, service.address.bury)
+                for name, service in self.services.items()
+            ],
+            strategy=Strategy.ONE_FOR_ONE,
+            max_restarts=20,
+            period=60,
+            on_crash=spec.report,
+        )
+        await supervisor.run()
 
     def _drain_services(self) -> None:
+        self._draining.add("services")
         for service in self.services.values():
             service.address.mailbox.close()
 
@@ -181,6 +189,8 @@ class DeliveryTree:
             on_replay_lost=replayer.lost,
         )
         self.dispatcher, self._replayer = dispatcher, replayer
+        if "dispatcher" in self._draining:
+            dispatcher.close()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._run_replayer, replayer)
             await dispatcher.run()
@@ -210,6 +220,7 @@ class DeliveryTree:
         return await self._loader.ask(lambda promise: Load(key, promise))
 
     def _close_dispatcher(self) -> None:
+        self._draining.add("dispatcher")
         if self.dispatcher is not None:
             self.dispatcher.close()
 

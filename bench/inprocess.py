@@ -26,7 +26,7 @@ async def run(data_dir: Path, secret: str) -> None:
     handlers = dict.fromkeys(config.services, take)
     with trio.open_signal_receiver(signal.SIGTERM) as signals:
         async with open_router(config, handlers) as router, trio.open_nursery() as nursery:
-            nursery.start_soon(listener.serve, router.accept)
+            nursery.start_soon(listener.serve, router.webhooks.accept_nowait)
             path = router.webhooks.paths[0]
             click.echo(f"ready webhook=http://127.0.0.1:{port}{path} admin=- data={data_dir}")
             sys.stdout.flush()

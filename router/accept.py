@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Final
 from urllib.parse import parse_qsl
@@ -97,84 +98,113 @@ class Webhooks:
         """Answer through `respond`, exactly once: at once, or when the body has been stored (or could
         not be). Returns as soon as the request is in the ingress; it waits only for room there.
         """
-        request_id = f"{self._id_prefix}{next(self._ids):08x}"
+        wait = self.accept_nowait(request, respond)
+        if wait is not None:
+            await wait()
+
+    def accept_nowait(self, request: Request, respond: Respond) -> Callable[[], Awaitable[None]] | None:
+        """As `accept`; with no room in the ingress, returns what has to be awaited for it."""
         headers = request.headers
-        traceparent = _matching(_TRACEPARENT, headers.get(b"traceparent"))
-        correlation_id = _matching(_CORRELATION_ID, headers.get(b"x-correlation-id"))
-        if correlation_id is None:
-            correlation_id = traceparent.split("-")[1] if traceparent else request_id
-        started = request.started
-
-        def answer(status: int, body: bytes, content_type: bytes = JSON, *more: tuple[bytes, bytes]) -> None:
-            latency = (time.perf_counter() - started) * 1000
-            respond(
-                Response(
-                    status,
-                    content_type,
-                    body,
-                    (
-                        (b"X-Request-ID", request_id.encode()),
-                        (b"X-Correlation-ID", correlation_id.encode()),
-                        (b"X-WA-Core-Latency", b"%.3f" % latency),
-                        *more,
-                    ),
-                )
-            )
-
+        exchange = _Exchange(
+            f"{self._id_prefix}{next(self._ids):08x}",
+            _matching(_CORRELATION_ID, headers.get(b"x-correlation-id")),
+            _matching(_TRACEPARENT, headers.get(b"traceparent")),
+            request.started,
+            respond,
+        )
         app = self._routes.get(request.path)
         if app is None:
-            answer(404, error_body("not_found", "no webhook at this path"))
+            exchange.answer(404, error_body("not_found", "no webhook at this path"))
         elif request.method == b"POST":
-            if not whatsapp.signature_is_valid(
-                headers.get(b"x-hub-signature-256"), request.body, app.live_secrets
-            ):
-                answer(401, INVALID_SIGNATURE)
-                return
-            await self._take(app, request.body, correlation_id, traceparent, answer)
+            signature = headers.get(b"x-hub-signature-256")
+            if whatsapp.signature_is_valid(signature, request.body, app.live_secrets):
+                return self._take(app, request.body, exchange)
+            exchange.answer(401, INVALID_SIGNATURE)
         elif request.method == b"GET":
             query = parse_qsl(request.query.decode("latin-1"), keep_blank_values=True)
             challenge = whatsapp.challenge(query, app.config.verify_token)
             if challenge is None:
-                answer(403, error_body("verification_failed", "hub.mode or hub.verify_token is not right"))
+                detail = "hub.mode or hub.verify_token is not right"
+                exchange.answer(403, error_body("verification_failed", detail))
             else:
-                answer(200, challenge.encode("utf-8", "replace"), TEXT)
+                exchange.answer(200, challenge.encode("utf-8", "replace"), TEXT)
         else:
-            answer(405, error_body("method_not_allowed", "use GET or POST"), JSON, (b"Allow", b"GET, POST"))
+            body = error_body("method_not_allowed", "use GET or POST")
+            exchange.answer(405, body, JSON, ((b"Allow", b"GET, POST"),))
+        return None
 
-    async def _take(
-        self,
-        app: _App,
-        body: bytes,
-        correlation_id: str,
-        traceparent: str | None,
-        answer: Callable[[int, bytes], None],
-    ) -> None:
+    def _take(self, app: _App, body: bytes, exchange: _Exchange) -> Callable[[], Awaitable[None]] | None:
         splitter = app.splitter(self._dedup_key())
         if splitter is None:
-            answer(503, error_body("unavailable", "the database has not been reached yet"))
-            return
-
-        def settle(stored: bool) -> None:
-            if stored:
-                answer(200, ACCEPTED)
-            else:
-                answer(503, error_body("unavailable", "could not be stored durably, send it again"))
-
+            exchange.answer(503, error_body("unavailable", "the database has not been reached yet"))
+            return None
         delivery = splitter.delivery(
-            body, correlation_id=correlation_id, traceparent=traceparent, settle=settle
+            body,
+            correlation_id=exchange.correlation_id,
+            traceparent=exchange.traceparent,
+            settle=exchange.settle,
         )
         try:
             self._ingress.tell_nowait(delivery)
         except MailboxFull:
-            with trio.move_on_after(ROOM_TIMEOUT) as waited:
-                try:
-                    await self._ingress.tell(delivery)
-                except MailboxClosed:
-                    settle(False)
-            if waited.cancelled_caught:
-                settle(False)
+            return partial(self._wait_for_room, delivery)
         except MailboxClosed:
-            settle(False)
+            exchange.settle(False)
+        return None
+
+    async def _wait_for_room(self, delivery: Delivery) -> None:
+        with trio.move_on_after(ROOM_TIMEOUT) as waited:
+            try:
+                await self._ingress.tell(delivery)
+            except MailboxClosed:
+                delivery.settle(False)
+        if waited.cancelled_caught:
+            delivery.settle(False)
+
+
+class _Exchange:
+    """One request's ids and the way to answer it."""
+
+    __slots__ = ("_respond", "_started", "correlation_id", "request_id", "traceparent")
+
+    def __init__(
+        self,
+        request_id: str,
+        correlation_id: str | None,
+        traceparent: str | None,
+        started: float,
+        respond: Respond,
+    ) -> None:
+        self.request_id = request_id
+        self.traceparent = traceparent
+        if correlation_id is None:
+            correlation_id = request_id if traceparent is None else traceparent.split("-")[1]
+        self.correlation_id = correlation_id
+        self._started = started
+        self._respond = respond
+
+    def answer(
+        self,
+        status: int,
+        body: bytes,
+        content_type: bytes = JSON,
+        more: tuple[tuple[bytes, bytes], ...] = (),
+    ) -> None:
+        latency = (time.perf_counter() - self._started) * 1000
+        headers = (
+            (b"X-Request-ID", self.request_id.encode()),
+            (b"X-Correlation-ID", self.correlation_id.encode()),
+            (b"X-WA-Core-Latency", b"%.3f" % latency),
+            *more,
+        )
+        self._respond(Response(status, content_type, body, headers))
+
+    def settle(self, stored: bool) -> None:
+        """Answer for the flush."""
+        if stored:
+            self.answer(200, ACCEPTED)
+        else:
+            self.answer(503, error_body("unavailable", "could not be stored durably, send it again"))
 
 
 class _App:

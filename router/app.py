@@ -20,7 +20,7 @@ from actors.messages import Delivery, Envelope, Session
 from actors.owner import Owner
 from actors.ports import Clock
 from actors.tree import ServiceSpec, TreeSpec
-from router.accept import Request, Respond, Webhooks
+from router.accept import Webhooks
 from router.channels.whatsapp import OBJECT
 from router.config import Config, ServiceConfig
 from router.config_rules import checked
@@ -144,10 +144,6 @@ class Router:
 
     def _is_domain(self, name: str) -> bool:
         return name in self.config.services
-
-    async def accept(self, request: Request, respond: Respond) -> None:
-        """What an edge calls for each request."""
-        await self.webhooks.accept(request, respond)
 
     async def submit(self, envelope: Envelope) -> None:
         """Take one message as if it had come in by webhook; returns when it is durable. The same

@@ -145,7 +145,7 @@ async def run_demo(
         say(f"embedded Postgres in {directory}, webhook at {url}")
         async with open_router(config, services(ledger, rng), report=say) as router:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(listener.serve, router.accept)
+                nursery.start_soon(listener.serve, router.webhooks.accept_nowait)
                 stop = trio.Event()
                 nursery.start_soon(_stop_after, seconds, stop)
                 if live:

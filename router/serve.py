@@ -51,7 +51,7 @@ async def serve(
             open_router(config, handlers, apply_migrations=apply_migrations, report=report) as router,
             trio.open_nursery() as edges,
         ):
-            edges.start_soon(listener.serve, router.accept)
+            edges.start_soon(listener.serve, router.webhooks.accept_nowait)
             admin = await _start_admin(edges, router, config, stop)
             first = router.webhooks.paths[0]
             announce(

@@ -71,13 +71,14 @@ class Address(Generic[M]):
     incarnation; the batch in hand at a crash is gone, and every `ask` in it raises ActorDied.
     """
 
-    __slots__ = ("_asked", "_batch_limit", "mailbox", "name")
+    __slots__ = ("_asked", "_batch_limit", "_lost", "mailbox", "name")
 
     def __init__(self, name: str, capacity: int, *, batch_limit: int | None = None) -> None:
         self.name = name
         self.mailbox: Mailbox[M] = Mailbox(capacity)
         self._batch_limit = batch_limit
         self._asked: dict[Promise[Any], int] = {}  # promise -> ticket of its message
+        self._lost = 0  # the newest ticket that was in the hands of an incarnation that is gone
 
     def __repr__(self) -> str:
         return f"<Address {self.name} {self.mailbox!r}>"
@@ -108,8 +109,8 @@ class Address(Generic[M]):
         return await self._wait(promise, self.mailbox.put_nowait(make(promise)))
 
     async def _wait(self, promise: Promise[R], ticket: int) -> R:
-        if self.mailbox.closed and ticket > self.mailbox.taken_count + len(self.mailbox):
-            raise ActorDied(f"{self.name} stopped")
+        if ticket <= self._lost and not promise.done:  # gone before this task ran again
+            raise ActorDied(f"{self.name} died before it answered")
         self._asked[promise] = ticket
         try:
             return await promise.wait()
@@ -133,14 +134,15 @@ class Address(Generic[M]):
 
     def abandon_taken(self) -> None:
         """The incarnation that held what was taken is gone: its askers get ActorDied."""
-        taken = self.mailbox.taken_count
+        self._lost = self.mailbox.taken_count
         for promise, ticket in self._asked.items():
-            if ticket <= taken:
+            if ticket <= self._lost:
                 promise.fail(ActorDied(f"{self.name} crashed before it answered"))
 
     def bury(self) -> None:
         """Stopped for good: close, drop what waits, and let no asker hang."""
         self.mailbox.close()
         self.mailbox.drain_nowait()
+        self._lost = self.mailbox.taken_count
         for promise in self._asked:
             promise.fail(ActorDied(f"{self.name} stopped"))

@@ -67,11 +67,13 @@ class Family(Generic[K, M]):
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Hold the children until `close` was called and the last one has finished."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            task_status.started()
-            await self._closed.wait()
-        self._nursery = None
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                task_status.started()
+                await self._closed.wait()
+        finally:
+            self._nursery = None
         self.ended.set()
 
     def tell_nowait(self, key: K, message: M) -> None:
@@ -90,6 +92,11 @@ class Family(Generic[K, M]):
             self._started += 1
             self._nursery.start_soon(self._run_child, key, mailbox)
         mailbox.put_nowait(message)
+
+    def take_back(self, key: K) -> list[M]:
+        """What that child was sent and has not received yet; it will not receive it any more."""
+        mailbox = self._mailboxes.get(key)
+        return mailbox.drain_nowait() if mailbox is not None else []
 
     def passivate_oldest(self) -> bool:
         """Ask the child that has been idle longest to leave now; False when none is idle."""

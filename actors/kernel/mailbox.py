@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -23,6 +24,16 @@ class MailboxStatistics:
     closed: bool
 
 
+@dataclass(slots=True)
+class _Putter(Generic[T]):
+    """A task that waits for room. Its message is appended for it when there is some, oldest first: tasks
+    that are merely woken run in no particular order.
+    """
+
+    item: T
+    ticket: int | None = None
+
+
 class Mailbox(Generic[T]):
     """First in, first out. `capacity` has no default: whoever makes a mailbox decides how much may wait.
 
@@ -31,8 +42,6 @@ class Mailbox(Generic[T]):
     """
 
     __slots__ = ("_capacity", "_closed", "_items", "_putters", "_readers", "put_count")
-    # Room goes to waiting putters at the moment it appears, oldest first: a task that is merely woken
-    # runs in no particular order, and somebody else could be quicker.
 
     def __init__(self, capacity: int) -> None:
         if capacity < 1:
@@ -41,7 +50,7 @@ class Mailbox(Generic[T]):
         self._items: deque[T] = deque()
         self._closed = False
         self.put_count = 0
-        self._putters: dict[trio.lowlevel.Task, T] = {}
+        self._putters: dict[trio.lowlevel.Task, _Putter[T]] = {}
         self._readers = trio.lowlevel.ParkingLot()
 
     def __len__(self) -> int:
@@ -94,21 +103,24 @@ class Mailbox(Generic[T]):
             await trio.lowlevel.cancel_shielded_checkpoint()
             return ticket
         task = trio.lowlevel.current_task()
-        self._putters[task] = item
+        self._putters[task] = putter = _Putter(item)
 
-        def give_up(_: trio.lowlevel.RaiseCancelT) -> trio.lowlevel.Abort:
+        def abort(_: Callable[[], object]) -> trio.lowlevel.Abort:
             del self._putters[task]
             return trio.lowlevel.Abort.SUCCEEDED
 
-        waited: int = await trio.lowlevel.wait_task_rescheduled(give_up)
-        return waited
+        await trio.lowlevel.wait_task_rescheduled(abort)
+        if putter.ticket is None:
+            raise MailboxClosed
+        return putter.ticket
 
     def _admit(self) -> None:
         """Give the room there is to those who wait for it."""
         while self._putters and len(self._items) < self._capacity:
             task = next(iter(self._putters))
-            ticket = self._append(self._putters.pop(task))
-            trio.lowlevel.reschedule(task, outcome.Value(ticket))
+            putter = self._putters.pop(task)
+            putter.ticket = self._append(putter.item)
+            trio.lowlevel.reschedule(task)
 
     async def drain(self, limit: int | None = None) -> list[T]:
         """Wait until something is there, then take all of it (at most `limit`), oldest first.
@@ -145,7 +157,7 @@ class Mailbox(Generic[T]):
         self._closed = True
         putters, self._putters = self._putters, {}
         for task in putters:
-            trio.lowlevel.reschedule(task, outcome.Error(MailboxClosed()))
+            trio.lowlevel.reschedule(task)
         self._readers.unpark_all()
 
     def statistics(self) -> MailboxStatistics:

@@ -37,17 +37,18 @@ class _Child:
     def __init__(self, spec: ChildSpec) -> None:
         self.spec = spec
         self.scope = trio.CancelScope()
-        self.ended = trio.Event()
-        self.gate = trio.Event()  # shut while a child started earlier is being restarted
-        self.gate.set()
+        self.gate = trio.Event()  # open: it may start; shut again while one started earlier restarts
+        self.ended = trio.Event()  # the present incarnation has ended, or there was none yet
+        self.ended.set()
         self.finished = False  # ended by draining, not by crash or restart
+        self.gone = trio.Event()  # it will not run again
 
 
 class Supervisor:
     """Give children in start order: downstream first, so that whoever sends finds its receiver there.
 
     A crash beyond `max_restarts` within `period` seconds makes `run` raise RestartIntensityExceeded
-    from the crash, which is the parent's to handle.
+    from the crash (in an ExceptionGroup, as nurseries do), which is the parent's to handle.
     """
 
     def __init__(
@@ -67,37 +68,38 @@ class Supervisor:
         self._period = period
         self._on_crash = on_crash
         self._crashes: deque[float] = deque()
-        self._nursery: trio.Nursery | None = None
-        self._held_back: dict[_Child, list[_Child]] = {}
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Run until every child has finished (after `drain`), or until a crash that is one too many."""
+        """Run until every child has finished (after `drain`), or until a crash that is one too many.
+        Once: the children are buried then.
+        """
+        if any(child.gone.is_set() for child in self._children):
+            raise RuntimeError(f"supervisor {self.name} has run before")
         try:
             async with trio.open_nursery() as nursery:
-                self._nursery = nursery
                 for child in self._children:
                     nursery.start_soon(self._incarnate, child, name=f"{self.name}/{child.spec.name}")
+                self._let_start(self._children)
                 task_status.started()
         finally:
-            self._nursery = None
             for child in self._children:
-                child.spec.bury()
+                self._bury(child)
 
     async def drain(self) -> None:
         """Upstream first: the last started child finishes before the one it sends to is asked to."""
         for child in reversed(self._children):
             child.spec.drain()
-            while not child.finished:
-                await child.ended.wait()
+            await child.gone.wait()
 
     async def _incarnate(self, child: _Child) -> None:
         """Run incarnations of one child until it finishes."""
-        while True:
-            await child.gate.wait()
+        later = self._children[self._children.index(child) + 1 :]
+        while not child.finished:
+            while not child.gate.is_set():
+                await child.gate.wait()
             child.scope = trio.CancelScope()
             child.ended = trio.Event()
-            for later in self._held_back.pop(child, ()):
-                later.gate.set()
+            self._let_start(later)
             try:
                 with child.scope:
                     await child.spec.run()
@@ -106,11 +108,23 @@ class Supervisor:
                 self._on_crash(child.spec.name, crash)
                 self._count(child, crash)
                 if self._strategy is Strategy.REST_FOR_ONE:
-                    await self._restart_rest(child)
+                    await self._restart_rest(later)
             finally:
                 child.ended.set()
-            if child.finished:
-                return
+            await trio.lowlevel.checkpoint_if_cancelled()
+        self._bury(child)
+
+    def _let_start(self, children: list[_Child]) -> None:
+        """Open the gate of the first that is to run; it opens the next one's when it starts."""
+        for child in children:
+            if not child.finished:
+                child.gate.set()
+                break
+
+    def _bury(self, child: _Child) -> None:
+        if not child.gone.is_set():
+            child.gone.set()
+            child.spec.bury()
 
     def _count(self, child: _Child, crash: Exception) -> None:
         now = trio.current_time()
@@ -123,13 +137,12 @@ class Supervisor:
                 f"{child.spec.name}: {type(crash).__name__}"
             ) from crash
 
-    async def _restart_rest(self, crashed: _Child) -> None:
+    async def _restart_rest(self, later: list[_Child]) -> None:
         """Stop all that were started after the crashed child, last first; they start after it again."""
-        position = self._children.index(crashed)
-        rest = [child for child in self._children[position + 1 :] if not child.finished]
+        rest = [child for child in later if not child.finished]
         for child in rest:
-            child.gate = trio.Event()
-        self._held_back[crashed] = rest
+            if child.gate.is_set():
+                child.gate = trio.Event()
         for child in reversed(rest):
             child.scope.cancel()
             await child.ended.wait()

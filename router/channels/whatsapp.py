@@ -125,10 +125,10 @@ class Splitter:
             yield self._bucketed(Kind.CHANGE, path, Bucket.MALFORMED, "no_value")
             return
         metadata = value.get("metadata")
-        number = metadata.get("phone_number_id") if isinstance(metadata, dict) else None
+        number = _name(metadata, "phone_number_id") if isinstance(metadata, dict) else None
         wrong = None
-        if not isinstance(number, str) or not _storable(number):
-            number, wrong = None, "no_phone_number_id"
+        if number is None:
+            wrong = "no_phone_number_id"
         elif not self._is_ours(number):
             wrong = "foreign_number"
         contacts = _Contacts(value.get("contacts"))

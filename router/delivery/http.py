@@ -127,7 +127,7 @@ class HttpLane:
         try:
             response = await self._exchange(request)
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError) as error:
-            return Retry(reason=f"connection failed: {type(error.__cause__ or error).__name__}")
+            return Retry(reason=f"connection failed: {_cause(error)}")
         except _BrokenConnection as error:
             return Retry(reason=str(error))
         return self._outcome(response)
@@ -227,6 +227,14 @@ def open_lane(target: Target, *, clock: Clock, known_domain: KnownDomain) -> Ope
             await handler.close()
 
     return lane
+
+
+def _cause(error: BaseException) -> str:
+    """The name of what trio translated: a refused connection, a certificate that is not trusted."""
+    cause = error.__cause__ or error
+    while isinstance(cause, BaseExceptionGroup):
+        cause = cause.exceptions[0]
+    return type(cause).__name__
 
 
 def retry_after(value: str | None, now: datetime) -> float | None:

@@ -45,7 +45,7 @@ def webhook_blueprint(router: Router) -> Blueprint:
             answers.append(answer)
             answered.set()
 
-        await router.accept(
+        await router.webhooks.accept(
             Request(
                 method=request.method.encode("ascii", "replace"),
                 path=request.path.encode("utf-8"),
