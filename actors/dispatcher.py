@@ -32,6 +32,7 @@ class _Conversation:
     held: deque[Item] = field(default_factory=deque)  # given to the live child, oldest first
     backlog: deque[int] = field(default_factory=deque)  # only in the journal, oldest first
     uncommitted: deque[Item] = field(default_factory=deque)  # finished by the child, not yet committed
+    committed_early: bool = False  # the oldest held one, before the child could say that it is finished
     waits_for: str | None = None  # the service it stands in line for
     queued: bool = False  # in the ready line or being paged in
 
@@ -84,6 +85,7 @@ class Dispatcher:
         self._ready: deque[str] = deque()
         self._line: dict[str, deque[str]] = {}  # service -> sessions that stand in line for it
         self._called: dict[str, str] = {}  # session -> the service that called it out of the line
+        self._admitted: set[str] = set()  # sessions that use such a call now
         self._open: set[int] = set()  # every undelivered seq that was seen
         self._order: deque[int] = deque()  # the same, oldest first, with finished ones still in between
         self._stragglers: set[int] = set()
@@ -137,7 +139,11 @@ class Dispatcher:
         return given
 
     def must_wait(self, key: str, service: str) -> bool:
-        return bool(self._line.get(service)) and self._called.get(key) != service
+        if self._called.get(key) == service:
+            del self._called[key]
+            self._admitted.add(key)
+            return False
+        return bool(self._line.get(service))
 
     def park(self, key: str, service: str) -> None:
         conversation = self._conversations[key]
@@ -146,7 +152,12 @@ class Dispatcher:
         called = self._called.pop(key, None)
         if conversation.backlog:
             conversation.waits_for = service
-            self._line.setdefault(service, deque()).append(key)
+            line = self._line.setdefault(service, deque())
+            if key in self._admitted:
+                line.appendleft(key)  # somebody was quicker; it keeps its place
+            else:
+                line.append(key)
+        self._admitted.discard(key)
         if called is not None and called != service:
             self.room(called)
         self._forget_if_done(key, conversation)
@@ -169,12 +180,18 @@ class Dispatcher:
     def finished(self, key: str, item: Item) -> None:
         conversation = self._conversations[key]
         conversation.held.popleft()
-        conversation.uncommitted.append(item)
+        if conversation.committed_early:
+            conversation.committed_early = False
+        else:
+            conversation.uncommitted.append(item)
+        self._admitted.discard(key)
         self._uncall(key)
         if conversation.backlog and len(conversation.held) * 2 <= self._hold:
             self._enqueue(key, conversation)
         if self._ready and not conversation.held:
             self._wake_pager.set()  # others wait for a seat, and this one falls idle
+        self._release_waiters()
+        self._forget_if_done(key, conversation)
 
     def committed(self, completions: Iterable[Completion], stragglers: Sequence[int]) -> None:
         """These are durable now, outcomes and straggler rows alike."""
@@ -189,10 +206,13 @@ class Dispatcher:
                     have_rows.add(item.seq)
             conversation = self._conversations.get(item.session_key)
             # What the dispatcher before this one left with the completer was not counted here.
-            if conversation is not None and conversation.uncommitted:
-                if conversation.uncommitted[0] is item:
-                    conversation.uncommitted.popleft()
-                self._forget_if_done(item.session_key, conversation)
+            if conversation is None:
+                continue
+            if conversation.uncommitted and conversation.uncommitted[0] is item:
+                conversation.uncommitted.popleft()
+            elif conversation.held and conversation.held[0] is item:
+                conversation.committed_early = True
+            self._forget_if_done(item.session_key, conversation)
         if have_rows:
             self._new_stragglers = [seq for seq in self._new_stragglers if seq not in have_rows]
         self._release_waiters()
@@ -434,6 +454,7 @@ class Dispatcher:
             if conversation.held:
                 self._attempted.add(conversation.held[0].seq)
                 self._give_back(conversation)
+            self._admitted.discard(key)
             self._uncall(key)
             if conversation.backlog and crash is not None:
                 self._crashed.append(key)
@@ -448,7 +469,7 @@ class Dispatcher:
         self._new_stragglers.append(seq)
 
     def _uncall(self, key: str) -> None:
-        """The session was called out of a line and has used the call, or has no use for it."""
+        """The session was called out of a line and has no use for it: the next one may try."""
         service = self._called.pop(key, None)
         if service is not None:
             self.room(service)

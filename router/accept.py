@@ -44,7 +44,7 @@ class Request:
     started: float  # time.perf_counter() when its first byte was read
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Response:
     """What an edge writes. `headers` come after content-type and content-length."""
 
@@ -105,10 +105,11 @@ class Webhooks:
     def accept_nowait(self, request: Request, respond: Respond) -> Callable[[], Awaitable[None]] | None:
         """As `accept`; with no room in the ingress, returns what has to be awaited for it."""
         headers = request.headers
+        asked, trace = headers.get(b"x-correlation-id"), headers.get(b"traceparent")
         exchange = _Exchange(
             f"{self._id_prefix}{next(self._ids):08x}",
-            _matching(_CORRELATION_ID, headers.get(b"x-correlation-id")),
-            _matching(_TRACEPARENT, headers.get(b"traceparent")),
+            _matching(_CORRELATION_ID, asked) if asked is not None else None,
+            _matching(_TRACEPARENT, trace) if trace is not None else None,
             request.started,
             respond,
         )
@@ -228,8 +229,6 @@ class _App:
         return self._claimed.get(number, self.config.name) == self.config.name
 
 
-def _matching(pattern: re.Pattern[str], value: bytes | None) -> str | None:
-    if value is None:
-        return None
+def _matching(pattern: re.Pattern[str], value: bytes) -> str | None:
     text = value.decode("latin-1")
     return text if pattern.fullmatch(text) else None

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import hmac
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from hashlib import blake2b, sha256
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from hashlib import blake2b
 from typing import Any
 
 from actors.messages import Bucket, Delivery, Incoming, Kind, StatusUpdate
@@ -16,6 +16,8 @@ from router.json_text import encode, parse
 OBJECT = "whatsapp_business_account"
 MAX_BODY_BYTES = 3_145_728  # Meta's own limit for one webhook body
 MAX_ID_CHARS = 512  # far above any id that Meta sends; ids are keys of btree indexes
+
+_NOTHING: Mapping[str, Any] = {}
 
 # Where a status stands on its way; it only moves forward. `deleted` and `played` are ends of their own.
 STATUS_RANK = {"sent": 1, "delivered": 2, "failed": 2, "read": 3, "played": 4, "deleted": 5}
@@ -26,12 +28,10 @@ def signature_is_valid(header: str | bytes | None, body: bytes, app_secrets: Ite
 
     Compared in constant time, and under every secret, so that time does not tell which one is live.
     """
-    if isinstance(header, bytes):
-        header = header.decode("latin-1")
-    given = header.encode("latin-1", "replace") if header is not None else b""
+    given = header.encode("latin-1", "replace") if isinstance(header, str) else header or b""
     valid = False
     for secret in app_secrets:
-        expected = b"sha256=" + hmac.digest(secret, body, sha256).hex().encode()
+        expected = b"sha256=%s" % hmac.digest(secret, body, "sha256").hex().encode()
         valid |= hmac.compare_digest(given, expected)
     return valid
 
@@ -50,7 +50,7 @@ class Splitter:
         random_key: Callable[[], bytes] = lambda: secrets.token_bytes(16),
     ) -> None:
         self._app = app
-        self._dedup_key = dedup_key
+        self._keyed = {kind: blake2b(digest_size=16, key=dedup_key, person=kind) for kind in (b"m", b"s")}
         self._is_ours = is_ours
         self._random_key = random_key
 
@@ -109,20 +109,20 @@ class Splitter:
                 items.append(self._bucketed(Kind.CHANGE, f"{e}", Bucket.MALFORMED, "no_changes"))
                 continue
             for c, change in enumerate(changes):
-                items.extend(self._split_change(change, f"{e}.{c}"))
+                self._split_change(change, f"{e}.{c}", items)
         return items
 
-    def _split_change(self, change: Any, path: str) -> Iterator[Incoming]:
+    def _split_change(self, change: Any, path: str, items: list[Incoming]) -> None:
         if not isinstance(change, dict):
-            yield self._bucketed(Kind.CHANGE, path, Bucket.MALFORMED, "not_an_object")
+            items.append(self._bucketed(Kind.CHANGE, path, Bucket.MALFORMED, "not_an_object"))
             return
         field, value = change.get("field"), change.get("value")
         if field != "messages":
             reason = field if isinstance(field, str) and _storable(field) else "unknown_field"
-            yield self._bucketed(Kind.CHANGE, path, Bucket.HANDLED, reason)
+            items.append(self._bucketed(Kind.CHANGE, path, Bucket.HANDLED, reason))
             return
         if not isinstance(value, dict):
-            yield self._bucketed(Kind.CHANGE, path, Bucket.MALFORMED, "no_value")
+            items.append(self._bucketed(Kind.CHANGE, path, Bucket.MALFORMED, "no_value"))
             return
         metadata = value.get("metadata")
         number = _name(metadata, "phone_number_id") if isinstance(metadata, dict) else None
@@ -131,20 +131,23 @@ class Splitter:
             wrong = "no_phone_number_id"
         elif not self._is_ours(number):
             wrong = "foreign_number"
-        contacts = _Contacts(value.get("contacts"))
-        empty = True
-        for message_path, message in _listed(value, "messages", path, "m"):
-            empty = False
-            yield self._message(message, message_path, number, wrong, contacts)
-        for status_path, status in _listed(value, "statuses", path, "s"):
-            empty = False
-            yield self._status(status, status_path, number, wrong)
-        for error_path, _error in _listed(value, "errors", path, "e"):
-            empty = False
+        before = len(items)
+        messages = value.get("messages")
+        if isinstance(messages, list) and messages:
+            contacts = _Contacts(value.get("contacts"))
+            for index, message in enumerate(messages):
+                items.append(self._message(message, f"{path}.m{index}", number, wrong, contacts))
+        statuses = value.get("statuses")
+        if isinstance(statuses, list):
+            for index, status in enumerate(statuses):
+                items.append(self._status(status, f"{path}.s{index}", number, wrong))
+        errors = value.get("errors")
+        if isinstance(errors, list):
             bucket = Bucket.MALFORMED if wrong else Bucket.HANDLED
-            yield self._bucketed(Kind.ERROR, error_path, bucket, wrong or "error", number)
-        if empty:
-            yield self._bucketed(Kind.CHANGE, path, Bucket.HANDLED, "messages")
+            for index in range(len(errors)):
+                items.append(self._bucketed(Kind.ERROR, f"{path}.e{index}", bucket, wrong or "error", number))
+        if len(items) == before:
+            items.append(self._bucketed(Kind.CHANGE, path, Bucket.HANDLED, "messages"))
 
     def _message(
         self, message: Any, path: str, number: str | None, wrong: str | None, contacts: _Contacts
@@ -169,15 +172,17 @@ class Splitter:
             Kind.MESSAGE,
             self.message_key(number, message_id),
             True,
-            path=path,
-            message_id=message_id,
-            phone_number_id=number,
-            names=names,
-            wa_id=wa_id,
-            user_id=user_id,
-            type=kind if kind is not None and _storable(kind) else None,
-            message=message,
-            contact=contact,
+            path,
+            message_id,
+            number,
+            names,
+            wa_id,
+            user_id,
+            kind if kind is not None and _storable(kind) else None,
+            None,
+            None,
+            message,
+            contact,
         )
         if not names:
             item.bucket, item.reason = Bucket.MALFORMED, "no_sender"
@@ -216,8 +221,10 @@ class Splitter:
         return self._hash(b"s", message_id, status, timestamp)
 
     def _hash(self, kind: bytes, *parts: str) -> bytes:
-        text = "\0".join(parts).encode("utf-8", "surrogatepass")
-        return blake2b(text, digest_size=16, key=self._dedup_key, person=kind).digest()
+        # A copy of a keyed state costs a third of keying a new one.
+        state = self._keyed[kind].copy()
+        state.update("\0".join(parts).encode("utf-8", "surrogatepass"))
+        return state.digest()
 
     def _bucketed(
         self, kind: Kind, path: str, bucket: Bucket, reason: str | None, number: str | None = None
@@ -303,13 +310,6 @@ def _cut_change(change: Any, path: str, paths: set[str]) -> Any:
     return {**change, "value": left}
 
 
-def _listed(value: Mapping[str, Any], name: str, path: str, letter: str) -> Iterator[tuple[str, Any]]:
-    listed = value.get(name)
-    if isinstance(listed, list):
-        for index, one in enumerate(listed):
-            yield f"{path}.{letter}{index}", one
-
-
 class _Contacts:
     """The contacts of one change, by what they are known by: a body may have a thousand."""
 
@@ -319,6 +319,9 @@ class _Contacts:
 
     def of(self, message: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """The first contact that names this message's sender, by number or by business-scoped id."""
+        if len(self._listed) == 1:  # nearly always
+            only = self._listed[0]
+            return only if isinstance(only, dict) and _shares_a_name(message, only) else None
         if self._positions is None:
             self._positions = {}
             for position, contact in enumerate(self._listed):
@@ -334,34 +337,45 @@ class _Contacts:
         return self._listed[min(positions)] if positions else None
 
 
+def _shares_a_name(message: Mapping[str, Any], contact: Mapping[str, Any]) -> bool:
+    for ours, theirs in (("from", "wa_id"), ("from_user_id", "user_id")):
+        name = _text(message, ours)
+        if name is not None and name == contact.get(theirs):
+            return True
+    return False
+
+
 def _names(
     message: Mapping[str, Any], contact: Mapping[str, Any] | None
 ) -> tuple[str | None, str | None, tuple[str, ...]]:
     """(wa_id, user_id, names). A group is one conversation whoever writes in it."""
-    found = contact or {}
+    found = contact if contact is not None else _NOTHING
     wa_id = _name(message, "from") or _name(found, "wa_id")
     user_id = _name(message, "from_user_id") or _name(found, "user_id")
-    user_id = user_id or _name(message, "from_parent_user_id") or _name(found, "parent_user_id")
+    if user_id is None:
+        user_id = _name(message, "from_parent_user_id") or _name(found, "parent_user_id")
     group = _name(message, "group_id")
     if group is not None:
         return wa_id, user_id, (f"group:{group}",)
-    return wa_id, user_id, tuple(name for name in (wa_id, user_id) if name is not None)
+    if wa_id is None:
+        return wa_id, user_id, () if user_id is None else (user_id,)
+    return wa_id, user_id, (wa_id,) if user_id is None else (wa_id, user_id)
 
 
 def _name(source: Mapping[str, Any], key: str) -> str | None:
-    text = _text(source, key)
-    return text if text is not None and _storable(text) else None
+    value = source.get(key)
+    return value if value and isinstance(value, str) and _storable(value) else None
 
 
 def _text(source: Mapping[str, Any], key: str) -> str | None:
     value = source.get(key)
-    return value if isinstance(value, str) and value else None
+    return value if value and isinstance(value, str) else None
 
 
 def _storable(text: str) -> bool:
     """Postgres text takes neither NUL nor lone surrogates, and an index entry has a limit."""
     return len(text) <= MAX_ID_CHARS and (
-        (text.isascii() and "\0" not in text)
+        text.isprintable()  # neither of them is, and ids are
         or ("\0" not in text and not any("\ud800" <= char <= "\udfff" for char in text))
     )
 

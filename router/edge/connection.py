@@ -11,7 +11,6 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 import httptools
-import trio
 
 from router.accept import JSON, Request, Response, error_body
 
@@ -41,18 +40,22 @@ REASONS = {
     505: b"HTTP Version Not Supported",
 }
 
-# More than one of these could be read in two ways, by us and by whatever stands in front of us.
-_SINGLE = frozenset(
-    {
+# The header fields that anybody here reads; the others are counted and dropped. Each may come once: more
+# of them could be read in two ways, by us and by whatever stands in front of us. The usual spellings are
+# looked up as they come, which is cheaper than lowering every name.
+_READ = {
+    spelling: name
+    for name in (
         b"content-length",
         b"transfer-encoding",
         b"host",
-        b"x-hub-signature-256",
         b"expect",
+        b"x-hub-signature-256",
         b"traceparent",
         b"x-correlation-id",
-    }
-)
+    )
+    for spelling in (name, name.title(), name.upper())
+}
 
 
 def encode(response: Response, date: bytes, *, close: bool, head: bool = False) -> bytes:
@@ -75,7 +78,7 @@ class _Slot:
 
     __slots__ = ("connection", "encoded", "head", "last", "size")
 
-    def __init__(self, connection: Connection, *, last: bool, head: bool, size: int) -> None:
+    def __init__(self, connection: Connection, last: bool, head: bool, size: int) -> None:
         self.connection = connection
         self.encoded: bytes | None = None
         self.last = last  # the connection ends after it
@@ -103,12 +106,14 @@ class Connection:
         "_continue",
         "_events",
         "_head_bytes",
+        "_header_count",
         "_headers",
         "_in_body",
         "_in_message",
         "_linger",
         "_out",
         "_parser",
+        "_read_timeout",
         "_refusal",
         "_reserved",
         "_sock",
@@ -123,7 +128,8 @@ class Connection:
         self.listener = listener
         self.slots: deque[_Slot] = deque()
         self.closed = False
-        self.deadline = trio.current_time() + listener.limits.idle_timeout_ms / 1000
+        self.deadline = listener.now + listener.limits.idle_timeout_ms / 1000
+        self._read_timeout = listener.limits.read_timeout_ms / 1000
         self._sock = sock
         self._events = select.EPOLLIN
         self._parser = httptools.HttpRequestParser(self)
@@ -144,25 +150,25 @@ class Connection:
         self._head_bytes = 0
         self._url = b""
         self._headers: dict[bytes, bytes] = {}
+        self._header_count = 0
         self._body: list[bytes] = []
         self._body_bytes = 0
         self._begun = time.perf_counter()
-        self.deadline = trio.current_time() + self.listener.limits.read_timeout_ms / 1000
+        self.deadline = self.listener.now + self._read_timeout
 
     def on_url(self, url: bytes) -> None:
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        name = name.lower()
-        headers = self._headers
-        if name in headers:
-            if name in _SINGLE:
-                self._refuse(400, "bad_request", f"more than one {name.decode('ascii')} header")
+        self._header_count += 1
+        known = _READ.get(name)
+        if known is None:
+            known = _READ.get(name.lower())
+            if known is None:
                 return
-            value = headers[name] + b", " + value
-        headers[name] = value
-        if len(headers) > _MAX_HEADERS:
-            self._refuse(431, "too_many_headers", f"at most {_MAX_HEADERS} header fields")
+        if known in self._headers:
+            self._refuse(400, "bad_request", f"more than one {known.decode('ascii')} header")
+        self._headers[known] = value
 
     def on_headers_complete(self) -> None:
         self._in_body = True
@@ -172,7 +178,9 @@ class Connection:
         coding = headers.get(b"transfer-encoding")
         expect = headers.get(b"expect")
         limit = self.listener.limits.body_max_bytes
-        if version not in ("1.1", "1.0"):
+        if self._header_count > _MAX_HEADERS:
+            self._refuse(431, "too_many_headers", f"at most {_MAX_HEADERS} header fields")
+        elif version != "1.1" and version != "1.0":
             self._refuse(505, "http_version", "HTTP/1.1 only")
         elif version == "1.1" and b"host" not in headers:
             self._refuse(400, "bad_request", "no Host header")
@@ -209,12 +217,7 @@ class Connection:
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         method = self._parser.get_method()
         self._reserve(self._body_bytes)
-        slot = _Slot(
-            self,
-            last=not self._parser.should_keep_alive(),
-            head=method == b"HEAD",
-            size=self._reserved,
-        )
+        slot = _Slot(self, not self._parser.should_keep_alive(), method == b"HEAD", self._reserved)
         self._reserved = 0
         self.slots.append(slot)
         request = Request(method, path, query, self._headers, body, self._begun)
@@ -296,7 +299,7 @@ class Connection:
         except OSError:
             self.close()
             return
-        self.deadline = trio.current_time() + self.listener.limits.write_timeout_ms / 1000
+        self.deadline = self.listener.now + self.listener.limits.write_timeout_ms / 1000
         if not self._out:
             self._events &= ~select.EPOLLOUT
             self.listener.watch(self._sock, self._events)
@@ -370,7 +373,7 @@ class Connection:
             return
         if sent < len(data):
             self._out += data[sent:]
-            self.deadline = trio.current_time() + self.listener.limits.write_timeout_ms / 1000
+            self.deadline = self.listener.now + self.listener.limits.write_timeout_ms / 1000
             self._events |= select.EPOLLOUT
             self.listener.watch(self._sock, self._events)
 
@@ -389,7 +392,7 @@ class Connection:
                 if self.listener.draining:
                     self.close()
                     return
-                self.deadline = trio.current_time() + limits.idle_timeout_ms / 1000
+                self.deadline = self.listener.now + limits.idle_timeout_ms / 1000
             self._watch(select.EPOLLIN)
         elif len(self.slots) < _PIPELINED and not self.slots[-1].last:
             self._watch(select.EPOLLIN)
@@ -409,7 +412,7 @@ class Connection:
         except OSError:
             self.close()
             return
-        self.deadline = trio.current_time() + _LINGER_SECONDS
+        self.deadline = self.listener.now + _LINGER_SECONDS
         self._watch(select.EPOLLIN)
 
     def _watch(self, reading: int) -> None:

@@ -57,6 +57,7 @@ class Listener:
         self.statistics = ListenerStatistics()
         self.draining = False
         self.date = b""
+        self.now = 0.0  # trio's clock, read once for all events that are there
         self._accept: Accept | None = None
         self._socket: socket.socket | None = None
         self._epoll: select.epoll | None = None
@@ -100,6 +101,7 @@ class Listener:
         self._epoll = epoll = select.epoll()
         try:
             epoll.register(self._socket.fileno(), select.EPOLLIN)
+            self.now = trio.current_time()
             self._set_date()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._sweep)
@@ -132,6 +134,7 @@ class Listener:
     async def _serve(self, epoll: select.epoll) -> None:
         while True:
             await trio.lowlevel.wait_readable(epoll)
+            self.now = trio.current_time()
             for fd, event in epoll.poll(0, _MAX_EVENTS):
                 connection = self._connections.get(fd)
                 if connection is None:
@@ -184,9 +187,9 @@ class Listener:
         while True:
             await trio.sleep(_SWEEP_SECONDS)
             self._set_date()
-            now = trio.current_time()
+            self.now = trio.current_time()
             for connection in list(self._connections.values()):
-                if connection.deadline <= now:
+                if connection.deadline <= self.now:
                     connection.expire()
 
     def _set_date(self) -> None:

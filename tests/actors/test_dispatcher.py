@@ -451,8 +451,9 @@ def test_whatever_happens_each_message_is_decided_once_in_order_within_the_limit
                 if action == "foreign":
                     rig.dispatcher.look()
             rig.dispatcher.look()
-            with trio.fail_after(500):
+            with trio.move_on_after(500) as scope:
                 await rig.finish()
+            assert not scope.cancelled_caught, f"stalled: {rig.dispatcher.statistics()}"
             await trio.sleep(100)
             assert rig.dispatcher._conversations == {}
             assert rig.dispatcher.statistics().backlog == 0

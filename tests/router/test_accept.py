@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 
 import pytest
 import trio
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.kernel import Address
@@ -21,6 +21,8 @@ from router.channels.whatsapp import Splitter
 from router.config import AppConfig
 from router.simulator import payloads, signature
 from router.simulator.payloads import Head
+
+PROPERTY = settings(max_examples=80, deadline=None)
 
 APPS = (
     AppConfig(secret="s1", secret_previous="s0", verify_token="v1"),
@@ -276,11 +278,11 @@ class TestHeaders:
         assert len(seen) >= 5
 
     async def test_a_well_formed_correlation_id_is_taken(self) -> None:
-        for given in ("order-7:a.b_C", "x", "9" * 128):
-            for answer in (await every_answer(x_correlation_id=given, traceparent=TRACE)).values():
+        for well_formed in ("order-7:a.b_C", "x", "9" * 128):
+            for answer in (await every_answer(x_correlation_id=well_formed, traceparent=TRACE)).values():
                 headers = headers_of(answer)
-                assert headers["x-correlation-id"] == given
-                assert headers["x-request-id"] != given
+                assert headers["x-correlation-id"] == well_formed
+                assert headers["x-request-id"] != well_formed
 
     @pytest.mark.parametrize(
         "given", ["", "a b", "a\r\nX: y", "9" * 129, b"\xff", "a;b", "a\n", "é", "<script>", '"', "\0"]
@@ -324,6 +326,7 @@ class TestHeaders:
         assert delivery.traceparent is None
         assert delivery.correlation_id != "a" * 32
 
+    @PROPERTY
     @given(st.binary(max_size=40), st.binary(max_size=70))
     def test_no_header_breaks_an_answer(self, correlation: bytes, trace: bytes) -> None:
         async def asked() -> None:
@@ -391,6 +394,19 @@ class TestIngress:
             nursery.cancel_scope.cancel()
         assert edge.answers == []
         assert len(edge.taken) == 1
+
+    async def test_what_does_not_wait_only_returns_the_wait(self) -> None:
+        edge = Edge(capacity=1)
+        header = signature("s1", BODY).encode()
+        request = Request(b"POST", PATHS[0].encode(), b"", {b"x-hub-signature-256": header}, BODY, 0.0)
+        assert edge.webhooks.accept_nowait(request, edge.answers.append) is None
+        wait = edge.webhooks.accept_nowait(request, edge.answers.append)
+        assert wait is not None
+        assert edge.ingress.mailbox.put_count == 1
+        assert len(edge.taken) == 1
+        await wait()
+        assert len(edge.taken) == 1
+        assert edge.answers == []
 
     async def test_without_the_key_of_the_ledger_nothing_is_taken(self) -> None:
         edge = Edge(dedup_key=None)

@@ -1,4 +1,4 @@
-"""Bodies fit docs/delivery.schema.json, and an answer is read exactly when docs/answer.schema.json takes it."""
+"""Bodies fit docs/delivery.schema.json; an answer is read exactly when docs/answer.schema.json takes it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from actors.messages import UNCHANGED, Ack, Envelope, Reply, Session, SessionChange
 from actors.ports import Unreadable
 from router.delivery.contract import VERSION, body_of, checked, read_answer
+
+PROPERTY = settings(max_examples=50, deadline=None)
 
 DOCS = Path(__file__).parents[3] / "docs"
 DELIVERY = json.loads((DOCS / "delivery.schema.json").read_text())
@@ -80,6 +82,7 @@ class TestBody:
             assert set(written) == set(schema["properties"]) == set(schema["required"])
         assert DELIVERY["properties"]["version"]["const"] == VERSION
 
+    @PROPERTY
     @given(
         st.builds(
             Envelope,
@@ -233,10 +236,12 @@ class TestAnswer:
         ),
     )
 
+    @PROPERTY
     @given(ANSWERS)
     def test_the_schema_and_the_reader_agree(self, answer: Any) -> None:
         assert isinstance(read(json.dumps(answer).encode()), Ack) is FITS_ANSWER.is_valid(answer)
 
+    @PROPERTY
     @given(st.binary())
     def test_any_bytes_are_read(self, body: bytes) -> None:
         assert isinstance(read(body), Ack | Unreadable)

@@ -1,0 +1,34 @@
+"""A data directory for every test, copied from one that was made and migrated once."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import scenarios_kit as kit
+
+
+@pytest.fixture(scope="session")
+def _template() -> Iterator[Path]:
+    with kit.new_home() as home:
+        made = subprocess.run(
+            kit.command("migrate", "--data-dir", home / "data"),
+            cwd=home,
+            env=kit.environment(),
+            capture_output=True,
+            text=True,
+            timeout=kit.HANGS,
+            check=False,
+        )
+        assert made.returncode == 0, made.stderr
+        yield home / "data"
+
+
+@pytest.fixture
+def home(_template: Path) -> Iterator[Path]:
+    """A directory of the test's own; `home / "data"` is a migrated data directory."""
+    with kit.new_home() as home:
+        subprocess.run(["cp", "-a", _template, home / "data"], check=True)
+        yield home
