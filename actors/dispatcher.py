@@ -182,6 +182,7 @@ class Dispatcher:
         conversation.held.popleft()
         if conversation.committed_early:
             conversation.committed_early = False
+            self._release_waiters()
         else:
             conversation.uncommitted.append(item)
         self._admitted.discard(key)
@@ -190,7 +191,6 @@ class Dispatcher:
             self._enqueue(key, conversation)
         if self._ready and not conversation.held:
             self._wake_pager.set()  # others wait for a seat, and this one falls idle
-        self._release_waiters()
         self._forget_if_done(key, conversation)
 
     def committed(self, completions: Iterable[Completion], stragglers: Sequence[int]) -> None:
@@ -437,6 +437,7 @@ class Dispatcher:
         """What a session held goes back to the front of its backlog, replays to their owner."""
         held = list(conversation.held)
         conversation.held.clear()
+        conversation.committed_early = False
         back = [item.seq for item in held if item.dead_letter is None]
         conversation.backlog.extendleft(reversed(back))
         self._backlog_size += len(back)

@@ -28,13 +28,16 @@ class IngressStatistics:
 
 
 class Ingress(Actor[Delivery]):
-    """Owns the journal's writing end. `max_rows` and `max_bytes` bound one flush."""
+    """Owns the journal's writing end. `max_rows` and `max_bytes` bound one flush. `is_fed`: whether
+    anybody in this process takes what `feed` is told; another one finds it in the journal.
+    """
 
     def __init__(
         self,
         journal: Journal,
         *,
         feed: Feed,
+        is_fed: Callable[[], bool] = lambda: True,
         look: Callable[[], None],
         max_rows: int,
         max_bytes: int,
@@ -42,6 +45,7 @@ class Ingress(Actor[Delivery]):
     ) -> None:
         self._journal = journal
         self._feed = feed
+        self._is_fed = is_fed
         self._look = look
         self._max_rows = max_rows
         self._max_bytes = max_bytes
@@ -86,7 +90,9 @@ class Ingress(Actor[Delivery]):
         if result is None:
             self._look()  # committed, but only the journal knows as what
         elif stored:
-            self._hand_on(stored, result)
+            self.statistics.items += len(result.session_keys)
+            if self._is_fed():
+                self._hand_on(stored, result)
 
     async def _append(self, flush: list[Delivery]) -> tuple[list[Delivery], int, Appended | None]:
         """What was stored of the flush, how many duplicates it had, and where the rest stands."""
@@ -123,7 +129,6 @@ class Ingress(Actor[Delivery]):
                         )
                     )
                 seq += 1
-        self.statistics.items += seq - first
         self._feed(first, seq - 1, items)
 
 

@@ -32,6 +32,10 @@ class Owner:
         if self.tree is not None:
             self.tree.feed(first, last, items)
 
+    def is_fed(self) -> bool:
+        """Whether `feed` has any use."""
+        return self.tree is not None
+
     def look(self) -> None:
         if self.tree is not None:
             self.tree.look()

@@ -302,7 +302,9 @@ BEGIN
     -- Held to the commit: the order of seqs is the order of commits, in all processes.
     PERFORM pg_advisory_xact_lock(7305, 1);
 
-    IF n_items > 0 THEN
+    -- Nearly always nothing is known, which one scan of each ledger with all keys tells cheapest.
+    IF EXISTS (SELECT FROM dedup_ledger_0 WHERE key = ANY (i_key))
+       OR EXISTS (SELECT FROM dedup_ledger_1 WHERE key = ANY (i_key)) THEN
         SELECT array_agg(hit.pos ORDER BY hit.pos), array_agg(hit.seq ORDER BY hit.pos)
           INTO dup_positions, dup_seqs
           FROM (SELECT i.pos::integer AS pos,
@@ -343,8 +345,9 @@ BEGIN
 
     SELECT array_agg((SELECT n.session_key FROM session_names n
                        WHERE n.phone_number_id = i.number AND n.name = i.name) ORDER BY i.pos),
-           array_agg((SELECT n.session_key FROM session_names n
-                       WHERE n.phone_number_id = i.number AND n.name = i.other) ORDER BY i.pos)
+           array_agg(CASE WHEN i.other IS NOT NULL THEN
+                      (SELECT n.session_key FROM session_names n
+                        WHERE n.phone_number_id = i.number AND n.name = i.other) END ORDER BY i.pos)
       INTO session_keys, other_keys
       FROM unnest(i_number, i_name, i_other_name) WITH ORDINALITY AS i (number, name, other, pos);
 

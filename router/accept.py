@@ -148,13 +148,13 @@ class Webhooks:
         try:
             self._ingress.tell_nowait(delivery)
         except MailboxFull:
-            return partial(self._wait_for_room, delivery)
+            return partial(self._wait_for_room, delivery, trio.current_time() + ROOM_TIMEOUT)
         except MailboxClosed:
             exchange.settle(False)
         return None
 
-    async def _wait_for_room(self, delivery: Delivery) -> None:
-        with trio.move_on_after(ROOM_TIMEOUT) as waited:
+    async def _wait_for_room(self, delivery: Delivery, deadline: float) -> None:
+        with trio.move_on_at(deadline) as waited:
             try:
                 await self._ingress.tell(delivery)
             except MailboxClosed:
@@ -227,6 +227,16 @@ class _App:
         if self.config.numbers:
             return number in self.config.numbers
         return self._claimed.get(number, self.config.name) == self.config.name
+
+
+def is_correlation_id(text: str) -> bool:
+    """Whether a correlation id is taken over as it is: it goes into headers and logs."""
+    return _CORRELATION_ID.fullmatch(text) is not None
+
+
+def is_traceparent(text: str) -> bool:
+    """Whether this is a traceparent of W3C Trace Context, version 00."""
+    return _TRACEPARENT.fullmatch(text) is not None
 
 
 def _matching(pattern: re.Pattern[str], value: bytes) -> str | None:

@@ -20,7 +20,7 @@ from actors.messages import Delivery, Envelope, Session
 from actors.owner import Owner
 from actors.ports import Clock
 from actors.tree import ServiceSpec, TreeSpec
-from router.accept import Webhooks
+from router.accept import Webhooks, is_correlation_id, is_traceparent
 from router.channels.whatsapp import OBJECT
 from router.config import Config, ServiceConfig
 from router.config_rules import checked
@@ -121,6 +121,7 @@ class Router:
         self._ingress = Ingress(
             self.journal,
             feed=self._owner.feed,
+            is_fed=self._owner.is_fed,
             look=self._owner.look,
             max_rows=limits.flush_max_rows,
             max_bytes=limits.flush_max_bytes,
@@ -165,6 +166,10 @@ class Router:
 
         if self._dedup_key is None:
             raise NotStored("the router has not reached its database yet")
+        if not is_correlation_id(envelope.correlation_id):
+            raise ValueError("envelope.correlation_id: 1 to 128 of A-Z a-z 0-9 . _ : -")
+        if envelope.traceparent is not None and not is_traceparent(envelope.traceparent):
+            raise ValueError("envelope.traceparent is not a W3C traceparent of version 00")
         delivery = self.webhooks.splitter_for(envelope.session.phone_number_id, self._dedup_key).delivery(
             _body_of(envelope),
             correlation_id=envelope.correlation_id,

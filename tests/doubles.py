@@ -484,8 +484,8 @@ class Rig:
 
     async def finish(self) -> None:
         """Wait until every message that the journal has is completed and nothing is remembered of it."""
-        while self._unfinished() or self.dispatcher.statistics().undelivered:
-            await trio.sleep(0.25)  # noqa: ASYNC110  # of the virtual clock
+        while self._unfinished() or self.dispatcher.statistics().undelivered:  # noqa: ASYNC110  # virtual time
+            await trio.sleep(0.25)
 
     def _unfinished(self) -> bool:
         return any(item is not None and item.seq not in self.journal.outcomes for item in self.journal.items)

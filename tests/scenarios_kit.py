@@ -40,7 +40,7 @@ TEXTS = {
     "rides": ("taxi", "a ride to the airport", "moto please"),
     "insurance": ("insurance", "my claim", "assurance auto"),
 }
-HANGS = 120.0
+HANGS = 40.0
 """Seconds after which a test that waits for something is given up. Nothing is measured with it."""
 
 # Homes

@@ -64,17 +64,15 @@ class Splitter:
     ) -> Delivery:
         """The body with its items. Never raises for anything that the bytes hold."""
         try:
-            document = parse(body)
+            items = self.split(parse(body))
         except ValueError:
-            document = None
             items = [self._bucketed(Kind.BODY, "", Bucket.MALFORMED, "unparseable")]
-        else:
-            items = self.split(document)
 
         def without(positions: frozenset[int]) -> Delivery | None:
             if len(positions) == len(items):
                 return None
-            left = cut(document, {items[position].path for position in positions})
+            # Parsed again: to keep every document until its flush has committed costs more.
+            left = cut(parse(body), {items[position].path for position in positions})
             if left is None:
                 return None
             rest = self.delivery(
@@ -351,9 +349,15 @@ def _names(
     """(wa_id, user_id, names). A group is one conversation whoever writes in it."""
     found = contact if contact is not None else _NOTHING
     wa_id = _name(message, "from") or _name(found, "wa_id")
-    user_id = _name(message, "from_user_id") or _name(found, "user_id")
-    if user_id is None:
-        user_id = _name(message, "from_parent_user_id") or _name(found, "parent_user_id")
+    user_id = None
+    for source, key in (
+        (message, "from_user_id"),
+        (found, "user_id"),
+        (message, "from_parent_user_id"),
+        (found, "parent_user_id"),
+    ):
+        if key in source and (user_id := _name(source, key)) is not None:
+            break
     group = _name(message, "group_id")
     if group is not None:
         return wa_id, user_id, (f"group:{group}",)

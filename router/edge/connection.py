@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _READ_SIZE = 65_536
 _PIPELINED = 32  # requests of one connection that may wait for their answers
 _MAX_HEADERS = 100
+_MAX_PIECES = 1_024  # a body in small chunks would take many times its size in objects
 _LINGER_SECONDS = 2.0  # how long a refused sender is read on, so that it sees the answer and not a reset
 _LINGER_BYTES = 4_194_304
 _NEVER = float("inf")
@@ -37,7 +38,6 @@ REASONS = {
     429: b"Too Many Requests",
     431: b"Request Header Fields Too Large",
     503: b"Service Unavailable",
-    505: b"HTTP Version Not Supported",
 }
 
 # The header fields that anybody here reads; the others are counted and dropped. Each may come once: more
@@ -89,8 +89,6 @@ class _Slot:
         connection = self.connection
         if connection.closed or self.encoded is not None:
             return
-        if connection.listener.draining:
-            self.last = True
         self.encoded = encode(response, connection.listener.date, close=self.last, head=self.head)
         if connection.slots[0] is self:
             connection.write_ready()
@@ -106,6 +104,7 @@ class Connection:
         "_continue",
         "_events",
         "_head_bytes",
+        "_head_size",
         "_header_count",
         "_headers",
         "_in_body",
@@ -113,15 +112,18 @@ class Connection:
         "_linger",
         "_out",
         "_parser",
+        "_paused",
         "_read_timeout",
         "_refusal",
         "_reserved",
+        "_shared_read",
         "_sock",
         "_url",
         "closed",
         "deadline",
         "listener",
         "slots",
+        "wanted",
     )
 
     def __init__(self, listener: Listener, sock: socket.socket) -> None:
@@ -138,9 +140,13 @@ class Connection:
         self._linger = -1  # bytes that are still read and dropped, once refused
         self._in_message = False
         self._in_body = False
+        self.wanted = 0  # bytes of the body that is announced and for which there was no room yet
+        self._paused = False  # in the listener's queue for room
         self._reserved = 0
         self._continue = False
-        self._head_bytes = 0
+        self._head_bytes = 0  # read of this message without getting on in its body
+        self._body_bytes = 0
+        self._shared_read = False  # what was read last had the end of a message in it
 
     # What llhttp calls
 
@@ -151,7 +157,8 @@ class Connection:
         self._url = b""
         self._headers: dict[bytes, bytes] = {}
         self._header_count = 0
-        self._body: list[bytes] = []
+        self._head_size = 0
+        self._body: list[bytes | bytearray] = []
         self._body_bytes = 0
         self._begun = time.perf_counter()
         self.deadline = self.listener.now + self._read_timeout
@@ -160,7 +167,10 @@ class Connection:
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_body:
+            return  # a trailer; nothing may be said after the body that changes what the head said
         self._header_count += 1
+        self._head_size += len(name) + len(value) + 4
         known = _READ.get(name)
         if known is None:
             known = _READ.get(name.lower())
@@ -172,6 +182,8 @@ class Connection:
 
     def on_headers_complete(self) -> None:
         self._in_body = True
+        if self._refusal is not None or self.closed:
+            return
         headers = self._headers
         version = self._parser.get_http_version()
         length = headers.get(b"content-length")
@@ -181,7 +193,11 @@ class Connection:
         if self._header_count > _MAX_HEADERS:
             self._refuse(431, "too_many_headers", f"at most {_MAX_HEADERS} header fields")
         elif version != "1.1" and version != "1.0":
-            self._refuse(505, "http_version", "HTTP/1.1 only")
+            self._refuse(400, "bad_request", "HTTP/1.1 only")
+        elif self._parser.should_upgrade():
+            self._refuse(400, "bad_request", "no protocol upgrades here")
+        elif self._head_size + len(self._url) > self.listener.limits.header_max_bytes:
+            self._refuse_head()
         elif version == "1.1" and b"host" not in headers:
             self._refuse(400, "bad_request", "no Host header")
         elif length is not None and coding is not None:
@@ -195,8 +211,12 @@ class Connection:
         elif expect is not None and expect.lower() != b"100-continue":
             self._refuse(417, "expectation_failed", "the only expectation is 100-continue")
         else:
-            self._reserve(limit if coding is not None else int(length or 0))
-            self._continue = expect is not None and version == "1.1" and self._reserved > 0
+            size = limit if coding is not None else int(length or 0)
+            if self.listener.has_room(size):
+                self._reserve(size)
+            else:
+                self.wanted = size
+            self._continue = expect is not None and version == "1.1" and size > 0
 
     def on_body(self, data: bytes) -> None:
         if self._refusal is None:
@@ -206,18 +226,25 @@ class Connection:
                 self._refuse_size()
             else:
                 self._body.append(data)
+                if len(self._body) > _MAX_PIECES:
+                    self._merge()
 
     def on_message_complete(self) -> None:
-        if self._refusal is not None:
+        self._shared_read = True
+        if self._refusal is not None or self.closed:
             return
         self._in_message = False
         self._continue = False
+        self.wanted = 0
         self.deadline = _NEVER
+        if self._linger >= 0 or (self.slots and self.slots[-1].last):
+            return  # asked after the last one that is answered
         path, _, query = self._url.partition(b"?")
-        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        body = bytes(self._body[0]) if len(self._body) == 1 else b"".join(self._body)
         method = self._parser.get_method()
         self._reserve(self._body_bytes)
-        slot = _Slot(self, not self._parser.should_keep_alive(), method == b"HEAD", self._reserved)
+        last = self.listener.draining or not self._parser.should_keep_alive()
+        slot = _Slot(self, last, method == b"HEAD", self._reserved)
         self._reserved = 0
         self.slots.append(slot)
         request = Request(method, path, query, self._headers, body, self._begun)
@@ -227,6 +254,16 @@ class Connection:
         if size != self._reserved:
             self.listener.reserve(size - self._reserved)
             self._reserved = size
+
+    def _merge(self) -> None:
+        whole = self._body[0]
+        if not isinstance(whole, bytearray):
+            whole = bytearray(whole)
+        whole += b"".join(self._body[1:])
+        self._body = [whole, b""]
+
+    def _refuse_head(self) -> None:
+        self._refuse(431, "headers_too_large", f"at most {self.listener.limits.header_max_bytes} bytes")
 
     def _refuse_size(self) -> None:
         self._refuse(413, "body_too_large", f"at most {self.listener.limits.body_max_bytes} bytes")
@@ -260,34 +297,48 @@ class Connection:
             self.close()
 
     def _feed(self, data: bytes) -> None:
-        limits = self.listener.limits
-        if self._in_message and not self._in_body:
-            self._head_bytes += len(data)
+        was_in_body = self._in_message and self._in_body
+        body_bytes = self._body_bytes
+        self._shared_read = False
         try:
             self._parser.feed_data(data)
+        except httptools.HttpParserCallbackError:
+            raise  # not the sender's fault
         except httptools.HttpParserUpgrade:
             self._refuse(400, "bad_request", "no protocol upgrades here")
         except httptools.HttpParserError:
             self._refuse(400, "bad_request", "not HTTP/1.1")
         if self.closed:
             return
-        if self._in_message and not self._in_body and self._refusal is None:
-            self._head_bytes = self._head_bytes or len(data)
-            if self._head_bytes > limits.header_max_bytes:
-                self._refuse(431, "headers_too_large", f"at most {limits.header_max_bytes} bytes")
+        if (
+            self._in_message
+            and not self._shared_read
+            and (not self._in_body or (was_in_body and self._body_bytes == body_bytes))
+        ):
+            # A head, or chunk extensions and trailers.
+            self._head_bytes += len(data)
+            if self._head_bytes > self.listener.limits.header_max_bytes:
+                self._refuse_head()
         if self._refusal is not None:
             self._watch(0)
             if not self.slots:
                 self._say_no()
+            else:
+                self.deadline = _NEVER
             return
-        if self._continue and not self.slots:
+        if self.wanted or (not self._reserved and not self.listener.has_room(0)):
+            self._paused = True
+            self._watch(0)
+            if self._in_message:
+                self.deadline = _NEVER
+            self.listener.resume_with_room(self)
+        if self._out:
+            self.deadline = self.listener.now + self.listener.limits.write_timeout_ms / 1000
+        elif self._continue and not self.slots and not self._paused:
             self._continue = False
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         if len(self.slots) >= _PIPELINED or (self.slots and self.slots[-1].last):
             self._watch(0)
-        elif not self._reserved and self.listener.is_short_of_room():
-            self._watch(0)
-            self.listener.resume_with_room(self)
 
     def on_writable(self) -> None:
         if self.closed:
@@ -299,20 +350,41 @@ class Connection:
         except OSError:
             self.close()
             return
-        self.deadline = self.listener.now + self.listener.limits.write_timeout_ms / 1000
+        limits = self.listener.limits
+        self.deadline = self.listener.now + limits.write_timeout_ms / 1000
         if not self._out:
+            if self._in_message and not self._paused:
+                self.deadline = self.listener.now + self._read_timeout
+            else:
+                self.deadline = _NEVER
             self._events &= ~select.EPOLLOUT
             self.listener.watch(self._sock, self._events)
             self._after_writing()
 
     def resume(self) -> None:
-        """There is room for body bytes again."""
-        if not self.closed and self._refusal is None and not (self.slots and self.slots[-1].last):
-            self._watch(select.EPOLLIN)
+        """There is room for body bytes again, for those that it wanted too."""
+        self._paused = False
+        if self.closed or self._refusal is not None or self._linger >= 0:
+            return
+        if self.wanted:
+            self._reserve(self.wanted)
+            self.wanted = 0
+        if self._in_message and not self._out:
+            self.deadline = self.listener.now + self._read_timeout
+        if self._continue and not self.slots:
+            self._continue = False
+            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._read_on()
 
     def drain(self) -> None:
-        """End now when idle, else after the answers that are waited for."""
-        if not self.slots and not self._in_message and not self._out and self._linger < 0:
+        """End now when idle, else after the answers that are waited for, and after the one to what is
+        half read."""
+        if self._in_message:
+            return
+        if self.slots:
+            self.slots[-1].last = True
+            self._watch(0)
+        elif not self._out and self._linger < 0:
             self.close()
 
     def expire(self) -> None:
@@ -374,7 +446,7 @@ class Connection:
         if sent < len(data):
             self._out += data[sent:]
             self.deadline = self.listener.now + self.listener.limits.write_timeout_ms / 1000
-            self._events |= select.EPOLLOUT
+            self._events = select.EPOLLOUT  # who does not read is not read from
             self.listener.watch(self._sock, self._events)
 
     def _after_writing(self) -> None:
@@ -385,7 +457,7 @@ class Connection:
             self._hang_up()
         elif not self.slots:
             limits = self.listener.limits
-            if self._continue:
+            if self._continue and not self._paused:
                 self._continue = False
                 self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
             if not self._in_message:
@@ -393,9 +465,9 @@ class Connection:
                     self.close()
                     return
                 self.deadline = self.listener.now + limits.idle_timeout_ms / 1000
-            self._watch(select.EPOLLIN)
-        elif len(self.slots) < _PIPELINED and not self.slots[-1].last:
-            self._watch(select.EPOLLIN)
+            self._read_on()
+        else:
+            self._read_on()
 
     def _say_no(self) -> None:
         refusal = self._refusal or b""
@@ -414,6 +486,14 @@ class Connection:
             return
         self.deadline = self.listener.now + _LINGER_SECONDS
         self._watch(select.EPOLLIN)
+
+    def _read_on(self) -> None:
+        """Read, unless something else is to be done first."""
+        slots = self.slots
+        if not (
+            self.closed or self._paused or self._out or len(slots) >= _PIPELINED or (slots and slots[-1].last)
+        ):
+            self._watch(select.EPOLLIN)
 
     def _watch(self, reading: int) -> None:
         events = (self._events & select.EPOLLOUT) | reading

@@ -13,6 +13,7 @@ import email.utils
 import select
 import socket
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -62,8 +63,9 @@ class Listener:
         self._socket: socket.socket | None = None
         self._epoll: select.epoll | None = None
         self._connections: dict[int, Connection] = {}
-        self._short_of_room: set[Connection] = set()
-        self._waits: list[Wait] = []
+        self._short_of_room: dict[Connection, None] = {}  # oldest first
+        self._waits: deque[Wait] = deque()
+        self._listening = False
         self._drained = trio.Event()
 
     def bind(self, host: str, port: int) -> int:
@@ -97,14 +99,16 @@ class Listener:
         """
         if self._socket is None:
             raise RuntimeError("bind before serve")
+        if self.draining:
+            return
         self._accept = accept
         self._epoll = epoll = select.epoll()
         try:
-            epoll.register(self._socket.fileno(), select.EPOLLIN)
+            self._listen(epoll, self._socket)
             self.now = trio.current_time()
             self._set_date()
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._sweep)
+                nursery.start_soon(self._sweep, epoll, self._socket)
                 nursery.start_soon(self._serve, epoll)
                 await self._drained.wait()
                 nursery.cancel_scope.cancel()
@@ -112,6 +116,7 @@ class Listener:
             for connection in list(self._connections.values()):
                 connection.close()
             self._socket.close()
+            self._listening = False
             trio.lowlevel.notify_closing(epoll)
             epoll.close()
 
@@ -119,8 +124,9 @@ class Listener:
         """Take no more connections; idle ones end now, the others after the answer they wait for."""
         self.draining = True
         if self._socket is not None:
-            if self._epoll is not None and self._socket.fileno() >= 0:
+            if self._epoll is not None and self._listening:
                 self._epoll.unregister(self._socket.fileno())
+                self._listening = False
             self._socket.close()
         for connection in list(self._connections.values()):
             connection.drain()
@@ -139,7 +145,7 @@ class Listener:
                 connection = self._connections.get(fd)
                 if connection is None:
                     if self._socket is not None and fd == self._socket.fileno():
-                        await self._take_connections(self._socket)
+                        self._take_connections(epoll, self._socket)
                     continue
                 try:
                     if event & select.EPOLLOUT:
@@ -152,17 +158,22 @@ class Listener:
                     connection.close()
             # The ingress is full: nothing more is read until what was read has found room there.
             while self._waits:
-                await self._waits.pop()()
+                await self._waits.popleft()()
 
-    async def _take_connections(self, listener: socket.socket) -> None:
+    def _listen(self, epoll: select.epoll, listener: socket.socket) -> None:
+        epoll.register(listener.fileno(), select.EPOLLIN)
+        self._listening = True
+
+    def _take_connections(self, epoll: select.epoll, listener: socket.socket) -> None:
         for _ in range(64):
             try:
                 sock, _address = listener.accept()
             except (BlockingIOError, ConnectionAbortedError, InterruptedError):
                 return
             except OSError:
-                # Out of file descriptors: who connects waits in the backlog until one is freed.
-                await trio.sleep(_SWEEP_SECONDS)
+                # Out of file descriptors: who connects waits in the backlog until the next sweep.
+                epoll.unregister(listener.fileno())
+                self._listening = False
                 return
             sock.setblocking(False)
             if len(self._connections) >= self.limits.max_connections:
@@ -182,11 +193,13 @@ class Listener:
             sock.send(encode(response, self.date, close=True))
         sock.close()
 
-    async def _sweep(self) -> None:
+    async def _sweep(self, epoll: select.epoll, listener: socket.socket) -> None:
         """One timer for all deadlines: a scope for each read would cost more than the read."""
         while True:
             await trio.sleep(_SWEEP_SECONDS)
             self._set_date()
+            if not self._listening and not self.draining:
+                self._listen(epoll, listener)
             self.now = trio.current_time()
             for connection in list(self._connections.values()):
                 if connection.deadline <= self.now:
@@ -218,7 +231,7 @@ class Listener:
         if self._epoll is not None and not self._epoll.closed:
             self._epoll.unregister(sock.fileno())
         self._connections.pop(sock.fileno(), None)
-        self._short_of_room.discard(connection)
+        self._short_of_room.pop(connection, None)
         self.statistics.connections = len(self._connections)
         if self.draining and not self._connections:
             self._drained.set()
@@ -226,14 +239,16 @@ class Listener:
     def reserve(self, size: int) -> None:
         """Body bytes that are being read, or wait for their answer; negative ones are done with."""
         self.statistics.body_bytes_in_flight += size
-        if size < 0 and self._short_of_room and not self.is_short_of_room():
-            waiting, self._short_of_room = self._short_of_room, set()
-            for connection in waiting:
+        if size < 0:
+            waiting = self._short_of_room
+            while waiting and self.has_room((connection := next(iter(waiting))).wanted):
+                del waiting[connection]
                 connection.resume()
 
-    def is_short_of_room(self) -> bool:
-        return self.statistics.body_bytes_in_flight > self.limits.body_bytes_in_flight
+    def has_room(self, size: int) -> bool:
+        """Whether so many body bytes more may be read now."""
+        return self.statistics.body_bytes_in_flight + size <= self.limits.body_bytes_in_flight
 
     def resume_with_room(self, connection: Connection) -> None:
-        """Call `resume` on it when enough body bytes have been answered."""
-        self._short_of_room.add(connection)
+        """Call `resume` on it when enough body bytes have been answered for what it wants."""
+        self._short_of_room[connection] = None

@@ -1,0 +1,245 @@
+"""The service actor: attempts, time limits, backoff, and what each outcome becomes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+import trio.testing
+from doubles import START, Counterpart
+
+from actors.errors import NotOwner
+from actors.kernel import ActorDied, ChildSpec, MailboxFull, Strategy, Supervisor
+from actors.messages import Ack, Envelope, Reject, Reply, Retry, Session
+from actors.ports import Unreadable
+from actors.service import Deliver, Delivered, Rejected, Result, Service, Undelivered
+from router.retry import STANDARD_FIRST_RETRY, Backoff
+
+Clock = trio.testing.MockClock
+
+
+class Office:
+    """One service and its counterpart. The random source is 1, so the waits are 0.25 and 0.5 seconds."""
+
+    def __init__(self, *, lanes: int = 1, capacity: int = 10, takes: float = 0.0) -> None:
+        self.counterpart = Counterpart(takes=takes)
+        self.held = True
+        self.room: list[float] = []
+        self.crashes: list[Exception] = []
+        self.service = Service(
+            "rides",
+            open_lane=self.counterpart.lane,
+            lanes=lanes,
+            capacity=capacity,
+            timeout=4.0,
+            deadline=15.0,
+            policy=Backoff(lambda: 1.0),
+            may_attempt=lambda: self.held,
+            on_room=lambda name: self.room.append(trio.current_time()),
+        )
+        self.results: list[Result | str] = []
+
+    def script(self, *outcomes: object, text: str = "a") -> None:
+        self.counterpart.script[text].extend(outcomes)
+
+    async def deliver(self, text: str = "a") -> Result:
+        envelope = Envelope(
+            id="msg_1",
+            message_id=None,
+            domain="rides",
+            session=Session(key="k", phone_number_id="100"),
+            message={"type": "text", "text": {"body": text}},
+            received_at=START,
+            correlation_id="c",
+        )
+        return await self.service.address.ask_nowait(lambda promise: Deliver(envelope, promise))
+
+    async def note(self, text: str) -> None:
+        try:
+            self.results.append(await self.deliver(text))
+        except (ActorDied, NotOwner) as error:
+            self.results.append(type(error).__name__)
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[Supervisor]:
+        spec = ChildSpec(
+            "rides", self.service.run, self.service.address.mailbox.close, self.service.address.bury
+        )
+        supervisor = Supervisor(
+            "services",
+            [spec],
+            strategy=Strategy.ONE_FOR_ONE,
+            max_restarts=3,
+            period=60,
+            on_crash=lambda name, error: self.crashes.append(error),
+        )
+        with trio.fail_after(500):
+            async with trio.open_nursery() as nursery:
+                await nursery.start(supervisor.run)
+                await trio.testing.wait_all_tasks_blocked()
+                yield supervisor
+                nursery.cancel_scope.cancel()
+
+
+async def test_the_first_answer_is_the_result(autojump_clock: Clock) -> None:
+    office = Office()
+    answer = Ack((Reply("hello"),))
+    office.script(answer)
+    async with office.open():
+        assert await office.deliver() == Delivered(answer, 1)
+    [seen] = office.counterpart.seen
+    assert (seen.attempt, seen.redelivered) == (1, False)
+
+
+async def test_failures_are_tried_again_with_backoff_and_then_undelivered(autojump_clock: Clock) -> None:
+    office = Office()
+    office.script(*(Retry(reason=f"down {number}") for number in range(5)))
+    async with office.open():
+        assert await office.deliver() == Undelivered("down 2", 3, STANDARD_FIRST_RETRY, counted=True)
+        assert trio.current_time() == pytest.approx(0.75)
+    assert [(one.attempt, one.redelivered) for one in office.counterpart.seen] == [
+        (1, False),
+        (2, True),
+        (3, True),
+    ]
+    assert (office.service.statistics.attempts, office.service.statistics.failures) == (3, 3)
+
+
+async def test_a_later_attempt_may_succeed(autojump_clock: Clock) -> None:
+    office = Office()
+    office.script(Retry(), Ack())
+    async with office.open():
+        assert await office.deliver() == Delivered(Ack(), 2)
+
+
+async def test_an_attempt_is_bounded_by_the_timeout(autojump_clock: Clock) -> None:
+    office = Office()
+    office.script(100.0, 100.0, 3.9)
+    async with office.open():
+        assert await office.deliver() == Delivered(Ack(), 3)
+        assert trio.current_time() == pytest.approx(4 + 0.25 + 4 + 0.5 + 3.9)
+
+
+async def test_all_attempts_are_bounded_by_the_deadline(autojump_clock: Clock) -> None:
+    office = Office()
+    office.script(Retry(after=13.0), 100.0)
+    async with office.open():
+        result = await office.deliver()
+        assert isinstance(result, Undelivered)
+        assert result.attempts == 2
+        assert trio.current_time() == pytest.approx(15.0)
+
+
+async def test_a_retry_after_is_waited_for_within_the_deadline_and_not_counted(autojump_clock: Clock) -> None:
+    office = Office()
+    office.script(*(Retry(after=2.0) for _ in range(5)), Ack())
+    async with office.open():
+        assert await office.deliver() == Delivered(Ack(), 6)
+        assert trio.current_time() == pytest.approx(10.0)
+
+
+async def test_a_retry_after_beyond_the_deadline_is_left_to_the_dead_letters(autojump_clock: Clock) -> None:
+    office = Office()
+    office.script(Retry(after=60.0, reason="busy"))
+    async with office.open():
+        assert await office.deliver() == Undelivered("busy", 1, 60.0, counted=False)
+        assert trio.current_time() == 0
+
+
+async def test_a_retry_after_of_nothing_does_not_hammer(autojump_clock: Clock) -> None:
+    office = Office()
+    office.script(*(Retry(after=0.0) for _ in range(1_000)))
+    async with office.open():
+        result = await office.deliver()
+    assert isinstance(result, Undelivered)
+    assert result.attempts <= 15 / 0.1 + 1
+
+
+async def test_a_reject_is_final(autojump_clock: Clock) -> None:
+    office = Office()
+    office.script(Reject("no such ride"))
+    async with office.open():
+        assert await office.deliver() == Rejected("no such ride", 1)
+
+
+async def test_an_unreadable_answer_is_delivered(autojump_clock: Clock) -> None:
+    office = Office()
+    office.script(Unreadable("not JSON"))
+    async with office.open():
+        assert await office.deliver() == Delivered(Ack(), 1, unreadable=True)
+
+
+async def test_without_the_lease_no_attempt_is_started(autojump_clock: Clock) -> None:
+    office = Office()
+    async with office.open():
+        office.held = False
+        with pytest.raises(NotOwner):
+            await office.deliver()
+        assert office.counterpart.seen == []
+        office.held = True
+        assert await office.deliver() == Delivered(Ack(), 1)  # the lane lives on
+
+
+async def test_a_lease_lost_between_attempts_stops_them(autojump_clock: Clock) -> None:
+    office = Office()
+    office.script(Retry(), Retry())
+    async with office.open(), trio.open_nursery() as nursery:
+        nursery.start_soon(office.note, "a")
+        await trio.sleep(0.1)
+        office.held = False
+    assert office.results == ["NotOwner"]
+    assert len(office.counterpart.seen) == 1
+
+
+async def test_lanes_are_the_concurrency_and_the_mailbox_is_bounded(autojump_clock: Clock) -> None:
+    office = Office(lanes=2, capacity=1, takes=1.0)
+    async with office.open():
+        assert office.counterpart.open_lanes == 2
+        async with trio.open_nursery() as nursery:
+            for text in "abc":
+                nursery.start_soon(office.note, text)
+                await trio.testing.wait_all_tasks_blocked()
+            assert len(office.counterpart.seen) == 2
+            assert office.room == [0, 0]
+            with pytest.raises(MailboxFull):
+                await office.deliver("d")
+        assert trio.current_time() == pytest.approx(2.0)
+        assert office.room == [0, 0, 1.0]
+
+
+async def test_a_crashed_lane_ends_what_was_in_hand_and_keeps_what_waits(autojump_clock: Clock) -> None:
+    office = Office(lanes=2, takes=1.0)
+    office.script(OSError("bug"), text="crash")
+    office.script(3.0, text="with it")
+    async with office.open():
+        async with trio.open_nursery() as nursery:
+            for text in ("crash", "with it", "waits"):
+                nursery.start_soon(office.note, text)
+                await trio.testing.wait_all_tasks_blocked()
+        assert office.results == ["ActorDied", "ActorDied", Delivered(Ack(), 1)]
+        assert len(office.crashes) == 1
+        assert office.counterpart.open_lanes == 2
+
+
+async def test_a_cancelled_asker_does_not_stop_the_attempt(autojump_clock: Clock) -> None:
+    office = Office(takes=1.0)
+    async with office.open():
+        with trio.move_on_after(0.5):
+            await office.deliver("a")
+        assert await office.deliver("b") == Delivered(Ack(), 1)
+        assert office.counterpart.texts == ["a", "b"]
+        assert office.crashes == []
+
+
+async def test_drain_finishes_what_was_taken(autojump_clock: Clock) -> None:
+    office = Office(takes=1.0)
+    async with office.open() as supervisor:
+        async with trio.open_nursery() as nursery:
+            for text in "abc":
+                nursery.start_soon(office.note, text)
+                await trio.testing.wait_all_tasks_blocked()
+            await supervisor.drain()
+        assert office.results == [Delivered(Ack(), 1)] * 3
+        assert office.counterpart.open_lanes == 0
