@@ -85,7 +85,6 @@ class Dispatcher:
         self._ready: deque[str] = deque()
         self._line: dict[str, deque[str]] = {}  # service -> sessions that stand in line for it
         self._called: dict[str, str] = {}  # session -> the service that called it out of the line
-        self._admitted: set[str] = set()  # sessions that use such a call now
         self._open: set[int] = set()  # every undelivered seq that was seen
         self._order: deque[int] = deque()  # the same, oldest first, with finished ones still in between
         self._stragglers: set[int] = set()
@@ -140,10 +139,9 @@ class Dispatcher:
 
     def must_wait(self, key: str, service: str) -> bool:
         if self._called.get(key) == service:
-            del self._called[key]
-            self._admitted.add(key)
+            del self._called[key]  # used: the lane that takes the delivery calls the next one
             return False
-        return bool(self._line.get(service))
+        return service in self._line or service in self._called.values()
 
     def park(self, key: str, service: str) -> None:
         conversation = self._conversations[key]
@@ -152,12 +150,7 @@ class Dispatcher:
         called = self._called.pop(key, None)
         if conversation.backlog:
             conversation.waits_for = service
-            line = self._line.setdefault(service, deque())
-            if key in self._admitted:
-                line.appendleft(key)  # somebody was quicker; it keeps its place
-            else:
-                line.append(key)
-        self._admitted.discard(key)
+            self._line.setdefault(service, deque()).append(key)
         if called is not None and called != service:
             self.room(called)
         self._forget_if_done(key, conversation)
@@ -185,7 +178,6 @@ class Dispatcher:
             self._release_waiters()
         else:
             conversation.uncommitted.append(item)
-        self._admitted.discard(key)
         self._uncall(key)
         if conversation.backlog and len(conversation.held) * 2 <= self._hold:
             self._enqueue(key, conversation)
@@ -455,8 +447,7 @@ class Dispatcher:
             if conversation.held:
                 self._attempted.add(conversation.held[0].seq)
                 self._give_back(conversation)
-            self._admitted.discard(key)
-            self._uncall(key)
+                self._uncall(key)
             if conversation.backlog and crash is not None:
                 self._crashed.append(key)
             elif conversation.waits_for is None:

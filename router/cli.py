@@ -313,7 +313,11 @@ def check(data_dir: Path | None, database_url: str | None, config_file: Path | N
 
 @main.group()
 def dlq() -> None:
-    """Dead letters: what could not be delivered."""
+    """Dead letters: what could not be delivered.
+
+    \b
+    Example:   postroom dlq list
+    """
 
 
 @dlq.command("list")

@@ -1,0 +1,1 @@
+"""What senders post, turned into items. Pure: no I/O, no clock; durability and routing are elsewhere."""

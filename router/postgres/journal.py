@@ -170,7 +170,7 @@ class PostgresJournal:
         async def keep() -> None:
             with translated("keep_house"):
                 async with self._ddl_line.use() as connection:
-                    await connection.execute("SET lock_timeout = '2s'")
+                    await connection.execute(_SQL["bound_lock_waits"])
                     await connection.execute(_SQL["make_partitions"], self._clock(), PARTITIONS_AHEAD)
                     await connection.execute(_SQL["rotate_dedup_ledger"], self._clock(), LEDGER_GENERATION)
 

@@ -18,23 +18,17 @@ _UNIX_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 def flush_arguments(deliveries: Sequence[Delivery]) -> list[Any]:
     """postroom_append's arguments from p_malformed on."""
-    apps: list[str] = []
-    correlations: list[str] = []
-    traces: list[str | None] = []
-    partial: list[bool] = []
-    bodies: list[bytes] = []
-    columns: list[tuple[Any, ...]] = []
+    events: list[tuple[Any, ...]] = []
+    items: list[tuple[Any, ...]] = []
     furthest: dict[tuple[str, str], Incoming] = {}
     malformed = handled = 0
     for number, delivery in enumerate(deliveries, 1):
-        apps.append(delivery.app)
-        correlations.append(delivery.correlation_id)
-        traces.append(delivery.traceparent)
-        partial.append(delivery.partial)
-        bodies.append(delivery.body)
+        events.append(
+            (delivery.app, delivery.correlation_id, delivery.traceparent, delivery.partial, delivery.body)
+        )
         for item in delivery.items:
             bucket = item.bucket
-            names: tuple[str | None, ...] = ()
+            names: tuple[str, ...] = ()
             if bucket is None:
                 names = item.names
             elif bucket is Bucket.MALFORMED:
@@ -43,7 +37,7 @@ def flush_arguments(deliveries: Sequence[Delivery]) -> list[Any]:
                 handled += 1
                 if item.status is not None:
                     _keep_furthest(furthest, item)
-            columns.append(
+            items.append(
                 (
                     number,
                     item.key,
@@ -59,8 +53,7 @@ def flush_arguments(deliveries: Sequence[Delivery]) -> list[Any]:
                     item.reason,
                 )
             )
-    items = [list(column) for column in zip(*columns, strict=True)] if columns else [[] for _ in range(12)]
-    return [malformed, handled, apps, correlations, traces, partial, bodies, *items, *_statuses(furthest)]
+    return [malformed, handled, events, items, *_statuses(furthest)]
 
 
 def _keep_furthest(furthest: dict[tuple[str, str], Incoming], item: Incoming) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import trio
 import trio.testing
-from doubles import MemoryJournal, delivery, incoming
+from doubles import START, Counterpart, MemoryJournal, Talk, delivery, incoming
 
 from actors.completer import Completer
 from actors.errors import JournalUnavailable, LeaseLost
 from actors.kernel import Address
 from actors.messages import Completion, Place
+from actors.tree import DeliveryTree, ServiceSpec, TreeSpec
+from router.retry import Backoff
 
 
 class Desk:
@@ -118,3 +122,51 @@ async def test_what_finishes_during_a_commit_goes_into_the_next(
         gate.set()
         address.mailbox.close()
     assert [seqs for seqs, _ in desk.committed] == [[1], [2, 3, 4, 5]]
+
+
+async def test_a_crash_restarts_all_that_hand_it_outcomes(autojump_clock: trio.testing.MockClock) -> None:
+    """In the tree: completer, services, loader and dispatcher start again, and nothing is left undone."""
+    journal = MemoryJournal()
+    counterpart = Counterpart()
+    reports: list[tuple[str, str]] = []
+    spec = TreeSpec(
+        journal=journal,
+        routes=Talk(),
+        services=(
+            ServiceSpec(name="rides", open_lane=counterpart.lane, lanes=2, timeout=4, deadline=15, waiting=5),
+        ),
+        retry=Backoff(lambda: 1.0),
+        clock=lambda: START,
+        session_ttl=timedelta(hours=24),
+        session_mailbox=4,
+        max_live_sessions=10,
+        backlog_limit=100,
+        completer_capacity=10,
+        completer_max_rows=10,
+        session_idle=5,
+        sweep_every=60,
+        report=lambda name, error: reports.append((name, type(error).__name__)),
+    )
+    tree = DeliveryTree(spec, epoch=1, may_attempt=lambda: True, on_lease_lost=lambda: None)
+
+    def say(*texts: str) -> None:
+        for text in texts:
+            message = replace(incoming(text[-8:]), message={"type": "text", "text": {"body": text}})
+            journal.commit([delivery(message)])
+
+    say("rides:1", "rides:2")
+    journal.fail("complete", ArithmeticError("bug"))
+    with trio.fail_after(200):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(tree.run)
+            await trio.sleep(5)
+            assert sorted(journal.outcomes) == [1, 2]
+            assert reports == [("completer", "ArithmeticError")]
+            say("rides:3")
+            tree.look()
+            await trio.sleep(20)
+            assert tree.dispatcher is not None
+            assert tree.dispatcher.statistics().live_sessions == 0  # nothing counts as uncommitted
+            await tree.drain()
+    assert sorted(journal.outcomes) == [1, 2, 3]
+    assert counterpart.open_lanes == 0

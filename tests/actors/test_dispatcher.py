@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import trio
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors import dispatcher as dispatcher_module
-from actors.messages import Completion
+from actors.messages import Completion, Place
 
 Clock = trio.testing.MockClock
 
@@ -277,9 +278,7 @@ async def test_completions_of_a_dispatcher_before_count_for_nothing(autojump_clo
         assert item is not None
         [done] = rig.dispatcher._conversations[item.session_key].uncommitted
         assert done is item
-        foreign = Completion(
-            item=rig.replay_of(1, "rides"), place="handled", service=None, rule="", attempts=0
-        )  # type: ignore[arg-type]  # only the item counts
+        foreign = Completion(item=replace(item), place=Place.HANDLED, service=None, rule="menu", attempts=0)
         rig.dispatcher.committed([foreign], [])
         assert list(rig.dispatcher._conversations[item.session_key].uncommitted) == [item]
         held.set()
@@ -304,26 +303,63 @@ async def test_a_join_waits_for_the_absorbed_conversation(autojump_clock: Clock)
     rig = Rig(takes=1.0, lanes=4)
     async with rig.running():
         rig.say("jobs:0", sender="1")
-        rig.say(*rides("a", "b"), sender="u1")
+        rig.say(*rides(*"abcd"), sender="u1")
         joined = rig.say("jobs:joined", sender="1", user_id="u1")
         assert joined.joins == {0: "100:u1"}
+        await trio.sleep(3.5)
+        assert rig.decided()[2:] == rides("b", "c")
         await rig.finish()
-    assert rig.decided()[-1] == "jobs:joined"
-    order = [done.item.message["text"]["body"] for done in rig.journal.outcomes.values()]
-    assert order.index("rides:b") < order.index("jobs:joined")
+    assert rig.decided()[-2:] == ["rides:d", "jobs:joined"]
 
 
 async def test_a_join_whose_last_message_was_erased_goes_on(autojump_clock: Clock) -> None:
-    rig = Rig()
-    rig.say("rides:gone", sender="u1", fed=False)
+    rig = Rig(hold=1)
+    rig.counterparts["rides"].script["rides:1"].append(3.0)
     rig.say("jobs:0", sender="1", fed=False)
-    rig.say("jobs:joined", sender="1", user_id="u1", fed=False)
-    rig.journal.erased = {1}
-    [older, younger] = rig.journal.items[2].session_key, rig.journal.items[2].joins  # type: ignore[union-attr]  # both are messages
-    assert (older, younger) == ("100:u1", "100:1")
+    rig.say("rides:1", "rides:gone", sender="u1", fed=False)
+    assert rig.say("jobs:joined", sender="1", user_id="u1", fed=False).joins == {0: "100:u1"}
+    rig.journal.erased = {3}
     async with rig.running():
-        await trio.sleep(5)
-        assert rig.decided() == ["jobs:0", "jobs:joined"]
+        await trio.sleep(2)
+        assert rig.decided() == ["jobs:0"]
+        await trio.sleep(10)
+        assert rig.decided() == ["jobs:0", "rides:1", "jobs:joined"]
+
+
+async def test_a_session_that_waits_for_a_seat_is_not_passed_by_newcomers(autojump_clock: Clock) -> None:
+    rig = Rig(max_live=1, idle=0.05)
+
+    async def slow(method: str) -> None:
+        if method == "read":
+            await trio.sleep(0.5)
+
+    rig.journal.before = slow
+    async with rig.running():
+        rig.say("menu first", sender="first")
+        rig.say("menu waits", sender="waits")
+        for number in range(40):
+            rig.say(f"menu {number}", sender=f"n{number}")
+            await trio.sleep(0.1)
+        await rig.finish()
+    assert rig.decided()[:4] == ["menu first", "menu waits", "menu 0", "menu 1"]
+
+
+async def test_a_newcomer_does_not_pass_a_session_that_was_called(autojump_clock: Clock) -> None:
+    rig = Rig(waiting=1, takes=1.0)
+
+    async def slow(method: str) -> None:
+        if method == "read":
+            await trio.sleep(0.2)
+
+    rig.journal.before = slow
+    async with rig.running():
+        for sender in "abc":
+            rig.say(f"rides:{sender}", sender=sender)
+            await trio.sleep(0.01)
+        await trio.sleep(1.05)  # a is through, so c was called, and is being read
+        rig.say("rides:d", sender="d")
+        await rig.finish()
+    assert rig.counterparts["rides"].texts == rides(*"abcd")
 
 
 async def test_cancelling_a_wait_for_commits_leaves_nothing_broken(autojump_clock: Clock) -> None:

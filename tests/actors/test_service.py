@@ -140,6 +140,13 @@ async def test_a_retry_after_is_waited_for_within_the_deadline_and_not_counted(a
         assert trio.current_time() == pytest.approx(10.0)
 
 
+async def test_only_failures_by_themselves_are_counted(autojump_clock: Clock) -> None:
+    office = Office()
+    office.script(Retry(after=1.0), Retry(after=1.0), Retry(), Retry(), Ack())
+    async with office.open():
+        assert await office.deliver() == Delivered(Ack(), 5)
+
+
 async def test_a_retry_after_beyond_the_deadline_is_left_to_the_dead_letters(autojump_clock: Clock) -> None:
     office = Office()
     office.script(Retry(after=60.0, reason="busy"))

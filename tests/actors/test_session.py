@@ -9,7 +9,8 @@ import trio
 import trio.testing
 from doubles import Rig
 
-from actors.messages import Ack, Place, Reject, Reply, Retry, Session, SessionChange
+from actors.kernel import Address
+from actors.messages import Ack, Completion, Place, Reject, Reply, Retry, Session, SessionChange
 from actors.ports import Unreadable
 
 Clock = trio.testing.MockClock
@@ -118,6 +119,35 @@ async def test_passivation_waits_for_the_commit(autojump_clock: Clock) -> None:
         await rig.finish()
         assert rig.journal.calls["load_sessions"] == 1
         assert rig.routes.sessions[-1][1].state == {"step": 1}
+
+
+class Prompt(Address[Completion]):
+    """A completer's address that is left only when the completer has done what it can."""
+
+    async def tell(self, message: Completion) -> None:
+        await super().tell(message)
+        await trio.testing.wait_all_tasks_blocked()
+
+
+async def test_a_commit_may_come_before_the_session_says_that_it_is_through(autojump_clock: Clock) -> None:
+    rig = Rig(idle=1.0)
+    rig.completer = Prompt("completer", 10)
+    gate = trio.Event()
+
+    async def hold(method: str) -> None:
+        if method == "complete" and rig.journal.calls["complete"] > 1:
+            await gate.wait()
+
+    rig.journal.before = hold
+    async with rig.running():
+        rig.say("rides:1", "rides:2")
+        await trio.sleep(10)
+        assert rig.decided() == ["rides:1"]
+        assert rig.dispatcher.statistics().live_sessions == 1  # the second is not committed
+        gate.set()
+        await trio.sleep(10)
+        assert rig.dispatcher.statistics().live_sessions == 0
+        assert rig.dispatcher._conversations == {}
 
 
 async def test_after_a_crash_the_state_is_loaded_when_it_is_committed(autojump_clock: Clock) -> None:

@@ -67,16 +67,14 @@ class TestFlush:
         first = delivery(texts("a", "b"), payloads.other_change("calls", {}), trace="00-t")
         second = delivery(texts("c", number="999"), statuses(("o", "read", 10)))
         second.partial = True
-        malformed, handled, *columns = rows.flush_arguments([first, second])
+        malformed, handled, bodies, listed, *statuses_of = rows.flush_arguments([first, second])
         assert (malformed, handled) == (1, 2)
-        apps, correlations, traces, partial, bodies, *columns = columns
-        assert apps == ["default", "default"]
-        assert correlations == ["c-1", "c-1"]
-        assert traces == ["00-t", None]
-        assert partial == [False, True]
-        assert bodies == [first.body, second.body]
-        listed, statuses_of = columns[:12], columns[12:]
-        events, keys, dedup, kinds, paths, ids, numbers, names, others, types, buckets, reasons = listed
+        assert bodies == [
+            ("default", "c-1", "00-t", False, first.body),
+            ("default", "c-1", None, True, second.body),
+        ]
+        columns = [list(column) for column in zip(*listed, strict=True)]
+        events, keys, dedup, kinds, paths, ids, numbers, names, others, types, buckets, reasons = columns
         assert events == [1, 1, 1, 2, 2]
         assert keys == [one.key for one in first.items + second.items]
         assert dedup == [True, True, False, False, True]
@@ -112,17 +110,17 @@ class TestFlush:
         at = rows.flush_arguments([delivery(change)])[-1]
         assert at == [None, datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)]
 
-    def test_an_empty_flush_has_every_column(self) -> None:
+    def test_an_empty_flush_has_every_argument(self) -> None:
         arguments = rows.flush_arguments([])
-        assert arguments == [0, 0, *([[]] * 22)]
+        assert arguments == [0, 0, *([[]] * 7)]
 
     @PROPERTY
     @given(st.lists(st.integers(0, 3), max_size=3))
-    def test_columns_have_one_length(self, counts: list[int]) -> None:
+    def test_every_body_and_every_item_has_a_row(self, counts: list[int]) -> None:
         flush = [delivery(texts(*(str(n) for n in range(count)))) for count in counts]
         arguments = rows.flush_arguments(flush)
-        assert {len(column) for column in arguments[2:7]} == {len(flush)}
-        assert {len(column) for column in arguments[7:19]} == {sum(len(one.items) for one in flush)}
+        assert len(arguments[2]) == len(flush)
+        assert len(arguments[3]) == sum(len(one.items) for one in flush)
 
 
 class TestItems:

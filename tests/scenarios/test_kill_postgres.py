@@ -33,7 +33,7 @@ async def kill_postmaster(home: Path, rounds: int, *, seed: int) -> None:
     counted: list[int] = []
     async with open_services() as services:
         slow = False
-        services.plan = lambda sight: Plan(delay=0.1 if slow else 0.0)
+        services.plan = lambda sight: Plan(delay=0.3 if slow else 0.0)
         load = Load(services.ledger, seed=seed)
         config = kit.write_config(home, services)
         async with kit.serving(home, "--data-dir", data, "--config", config) as router:
@@ -57,7 +57,7 @@ async def kill_postmaster(home: Path, rounds: int, *, seed: int) -> None:
                     slow = False
                     if len(counted) == rounds:
                         break
-                    await database.until(lambda count: count < AT_LEAST)
+                    await kit.caught_up(load, database)
                 await trio.sleep(0.5)  # of traffic on the recovered server
                 load.stop()
             assert load.unanswered == 0
@@ -96,8 +96,8 @@ async def kill_backends(home: Path, rounds: int, *, seed: int) -> None:
     killed = 0
     async with open_services() as services:
         slow = True
-        services.plan = lambda sight: Plan(delay=0.1 if slow else 0.0)
-        load = Load(services.ledger, seed=seed, rate=400.0)
+        services.plan = lambda sight: Plan(delay=0.3 if slow else 0.0)
+        load = Load(services.ledger, seed=seed)
         config = kit.write_config(home, services)
         async with kit.serving(home, "--data-dir", data, "--config", config) as router:
             load.urls = [router.webhook]
@@ -111,7 +111,7 @@ async def kill_backends(home: Path, rounds: int, *, seed: int) -> None:
                         print(f"round {killed}: {unfinished} unfinished items before the kill")
                         slow = False
                         await answers_again(database)
-                        await database.until(lambda count: count < AT_LEAST)
+                        await kit.caught_up(load, database)
                 load.stop()
             assert load.unanswered == 0
             await database.until(lambda count: count == 0)
@@ -309,7 +309,7 @@ async def test_a_lone_append_whose_connection_breaks_is_stored_once(home: Path, 
 async def cut_under_load(home: Path, rounds: int, *, seed: int) -> None:
     async with proxied(home) as (proxy, database), open_services() as services:
         slow = False
-        services.plan = lambda sight: Plan(delay=0.1 if slow else 0.0)
+        services.plan = lambda sight: Plan(delay=0.3 if slow else 0.0)
         load = Load(services.ledger, seed=seed)
         config = kit.write_config(home, services)
         async with kit.serving(home, "--database-url", proxy.dsn(), "--config", config) as router:
@@ -322,7 +322,7 @@ async def cut_under_load(home: Path, rounds: int, *, seed: int) -> None:
                     await cut_once(proxy, "after" if number % 2 else "before")
                     print(f"round {number + 1}: {unfinished} unfinished items, cut {proxy.cuts[-1]} the commit")
                     slow = False
-                    await database.until(lambda count: count < AT_LEAST)
+                    await kit.caught_up(load, database)
                 load.stop()
             assert load.unanswered == 0
             await database.until(lambda count: count == 0)

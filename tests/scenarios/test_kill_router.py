@@ -21,7 +21,7 @@ async def kill_rounds(home: Path, rounds: int, *, seed: int) -> None:
     counted: list[int] = []
     async with open_services() as services:
         slow = False
-        services.plan = lambda sight: Plan(delay=0.1 if slow else 0.0)
+        services.plan = lambda sight: Plan(delay=0.3 if slow else 0.0)
         config = kit.write_config(home, services)
         load = Load(services.ledger, seed=seed)
         router = RouterProcess(home, "--data-dir", data, "--config", config)
@@ -42,7 +42,7 @@ async def kill_rounds(home: Path, rounds: int, *, seed: int) -> None:
                     load.urls = [(await router.ready()).webhook]
                     if len(counted) == rounds:
                         break
-                    await database.until(lambda count: count < AT_LEAST)
+                    await kit.caught_up(load, database)
                 load.stop()
             assert load.unanswered == 0
             await database.until(lambda count: count == 0)

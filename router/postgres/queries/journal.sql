@@ -4,8 +4,7 @@ WITH gone AS (DELETE FROM journal_writers WHERE started_at < $3::timestamptz - i
 INSERT INTO journal_writers (writer, flush, started_at) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING;
 
 -- name: append
-SELECT * FROM postroom_append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18,
-                              $19, $20, $21, $22, $23, $24, $25, $26, $27, $28, $29);
+SELECT * FROM postroom_append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14);
 
 -- name: resolve_flush
 SELECT postroom_resolve_flush($1, $2);
@@ -59,6 +58,9 @@ SELECT postroom_complete($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13,
 
 -- name: complete_replay
 SELECT postroom_complete_replay($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18);
+
+-- name: bound_lock_waits
+SET lock_timeout = '2s';
 
 -- name: make_partitions
 SELECT postroom_make_partitions($1, $2);

@@ -25,6 +25,7 @@ class Household:
         self.born: Counter[str] = Counter()
         self.alive: Counter[str] = Counter()
         self.broken: set[str] = set()
+        self.passivated: Counter[str] = Counter()
         self.family: Family[str, str] = Family(self._make, capacity=capacity, idle=idle, on_end=self._on_end)
 
     def _make(self, key: str) -> Child:
@@ -62,6 +63,7 @@ class Child:
 
     async def passivate(self) -> None:
         await trio.sleep(self.house.farewell)
+        self.house.passivated[self.key] += 1
 
 
 async def test_one_child_per_key(autojump_clock: trio.testing.MockClock) -> None:
@@ -218,6 +220,7 @@ async def test_close_finishes_what_is_there(autojump_clock: trio.testing.MockClo
                 family.tell_nowait(key, "late")
     assert [entry[1] for entry in house.received] == ["1", "2", "3"]
     assert house.ended == [("x", None, [])]
+    assert house.passivated == {"x": 1}
     assert house.family.ended.is_set()
 
 

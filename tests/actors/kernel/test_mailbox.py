@@ -117,6 +117,17 @@ async def test_waiting_putters_get_room_in_the_order_they_came() -> None:
         assert taken == [-1] * 4 + list(range(8))
 
 
+async def test_a_limited_drain_makes_room_too() -> None:
+    mailbox: Mailbox[str] = Mailbox(2)
+    for text in "ab":
+        mailbox.put_nowait(text)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(mailbox.put, "c")
+        await trio.testing.wait_all_tasks_blocked()
+        assert mailbox.drain_nowait(1) == ["a"]
+        assert mailbox.drain_nowait() == ["b", "c"]
+
+
 async def test_nobody_overtakes_a_waiting_putter() -> None:
     mailbox: Mailbox[str] = Mailbox(1)
     mailbox.put_nowait("a")

@@ -168,9 +168,10 @@ class TestDeadlines:
     async def test_it_is_for_the_whole_request_not_for_each_read(self) -> None:
         async with listening(read_timeout_ms=200) as edge, edge.connect() as wire:
             started = trio.current_time()
+            await wire.send(b"GET /")
             with pytest.raises(GONE):  # noqa: PT012
                 for _ in range(1_000):
-                    await wire.send(b"X")
+                    await wire.send(b"x")
                     await trio.sleep(0.01)
             assert trio.current_time() - started < 5
             assert edge.taker.seen == []
