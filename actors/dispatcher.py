@@ -366,7 +366,6 @@ class Dispatcher:
             item = items.get(seq)
             if item is None:  # erased: nothing is left to deliver
                 self._open.discard(seq)
-                self._release_waiters()
             else:
                 if seq <= self._recovered or seq in self._attempted:
                     item = replace(item, redelivered=True)
@@ -381,6 +380,8 @@ class Dispatcher:
                 self._uncall(key)
                 self._enqueue(key, conversation)
             self._forget_if_done(key, conversation)
+        if len(items) < len(wanted):
+            self._release_waiters()
 
     # Bookkeeping
 

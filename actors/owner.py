@@ -52,6 +52,7 @@ class Owner:
     async def run(self) -> None:
         while not self._drain.is_set():
             epoch: int | None = None
+            self._stand_by = trio.CancelScope()  # a scope is entered once, and the lease may be lost
             with self._stand_by:
                 epoch = await self._lease.acquire()
             if epoch is not None:

@@ -192,6 +192,12 @@ def judge(settings: AckSettings, result: AckRounds) -> list[Verdict]:
     label = f"CPU per ack with Postgres, router / fastapi, {most} connections"
     verdicts.append(Verdict(label, cpu, 1 / 6, at_least=False, required=True))
     verdicts.append(Verdict(f"{label} (later)", cpu, 1 / 8, at_least=False, required=False))
+    tuned = ratio(
+        result.median("router", most, lambda r: r.cpu_us),
+        result.median("fastapi tuned", most, lambda r: r.cpu_us),
+    )
+    label = f"CPU per ack with Postgres, router / fastapi tuned, {most} connections"
+    verdicts.append(Verdict(label, tuned, 1 / 6, at_least=False, required=False))
     for reference, (bare, hello) in CEILINGS.items():
         share = ratio(result.ceiling(bare.name), result.ceiling(hello.name))
         label = f"{reference} without its work / its framework's bare rate"

@@ -223,7 +223,7 @@ class Router:
                 "ingress",
                 lambda: self._ingress_address.run(self._ingress),
                 self._ingress_address.mailbox.close,
-                self._ingress_address.bury,
+                self._bury_ingress,
             ),
         ]
         if self.config.delivery.enabled:
@@ -240,6 +240,13 @@ class Router:
             nursery.start_soon(self._keep_house)
             await self._supervisor.run()
             nursery.cancel_scope.cancel()
+
+    def _bury_ingress(self) -> None:
+        """It will journal nothing more: who still waits is told so, and Meta sends again."""
+        self._ingress_address.mailbox.close()
+        for delivery in self._ingress_address.mailbox.drain_nowait():
+            delivery.settle(False)
+        self._ingress_address.bury()
 
     async def drain(self) -> None:
         """Journal what was accepted, finish what is in hand; the rest stays in the journal."""
@@ -305,11 +312,17 @@ async def open_database(
         return
     postgres = EmbeddedPostgres(config.data_dir, report=report)
     await postgres.start()
+    failure: Exception | None = None
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(postgres.watch)
-            yield postgres.dsn
+            try:
+                yield postgres.dsn
+            except Exception as error:
+                failure = error  # raised below as it is: a nursery would wrap it
             nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
     finally:
         with trio.move_on_after(40) as stopping:
             stopping.shield = True

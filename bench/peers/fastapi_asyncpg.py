@@ -49,13 +49,14 @@ def bare_app() -> FastAPI:
     return app
 
 
-def full_app(options: PeerOptions) -> FastAPI:
+def full_app(options: PeerOptions, *, tuned: bool) -> FastAPI:
     secret = options.secret
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        reset = keep_nothing if tuned else None  # None: asyncpg's own
         async with asyncpg.create_pool(
-            options.dsn, min_size=POOL_SIZE, max_size=POOL_SIZE, reset=keep_nothing
+            options.dsn, min_size=POOL_SIZE, max_size=POOL_SIZE, reset=reset
         ) as pool:
             await pool.execute(CREATE_TABLE)
             app.state.pool = pool
@@ -86,10 +87,13 @@ class _Server(uvicorn.Server):
 @click.option("--port", default=0, help="0 takes a free one.")
 @click.option("--bare", is_flag=True, help="The same handler with its work removed.")
 @click.option("--hello", is_flag=True, help="The framework's smallest app.")
-def main(port: int, bare: bool, hello: bool) -> None:
+@click.option("--tuned", is_flag=True, help="Without the pool's reset statement after each insert.")
+def main(port: int, bare: bool, hello: bool, tuned: bool) -> None:
     """Serve the webhook on FastAPI and uvicorn."""
     options = peer_options(bare=bare, hello=hello, port=port)
-    app = {"full": lambda: full_app(options), "bare": bare_app, "hello": hello_app}[options.variant]()
+    app = {"full": lambda: full_app(options, tuned=tuned), "bare": bare_app, "hello": hello_app}[
+        options.variant
+    ]()
     config = uvicorn.Config(
         app,
         loop="uvloop",

@@ -28,7 +28,6 @@ from bench.peers.webhook import (
     POOL_SIZE,
     REFUSAL,
     PeerOptions,
-    keep_nothing,
     peer_options,
     print_ready,
     signature_matches,
@@ -123,7 +122,7 @@ async def open_app(options: PeerOptions) -> AsyncIterator[QuartTrio]:
 
 
 async def _open_pool(dsn: str) -> Any:
-    pool = await asyncpg.create_pool(dsn, min_size=POOL_SIZE, max_size=POOL_SIZE, reset=keep_nothing)
+    pool = await asyncpg.create_pool(dsn, min_size=POOL_SIZE, max_size=POOL_SIZE)
     await pool.execute(CREATE_TABLE)
     return pool
 

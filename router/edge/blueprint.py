@@ -8,12 +8,13 @@ import time
 
 import trio
 from quart import Blueprint, Response, request
-from werkzeug.exceptions import RequestEntityTooLarge, RequestTimeout
+from werkzeug.exceptions import RequestEntityTooLarge
 
 from router.accept import JSON, Request, error_body
 from router.accept import Response as Answer
 from router.app import Router
 
+_READ_ON_BYTES = 4_194_304  # of a body that is too large, so that its sender sees the answer and not a reset
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
 
 
@@ -25,13 +26,12 @@ def webhook_blueprint(router: Router) -> Blueprint:
 
     async def take() -> Response:
         started = time.perf_counter()
-        request.max_content_length = router.config.limits.body_max_bytes
+        limit = router.config.limits.body_max_bytes
         try:
-            body: bytes = await request.get_data(cache=False, as_text=False)  # type: ignore[assignment]  # its overloads are lost in the proxy
+            body = await _body_of_at_most(limit)
         except RequestEntityTooLarge:
-            limit = router.config.limits.body_max_bytes
             return _response(413, error_body("body_too_large", f"at most {limit} bytes"))
-        except RequestTimeout:
+        except trio.TooSlowError:
             return _response(408, error_body("request_timeout", "the request took too long to arrive"))
         headers: dict[bytes, bytes] = {}
         for name, value in request.headers:
@@ -69,6 +69,29 @@ def webhook_blueprint(router: Router) -> Blueprint:
             path, f"webhook_{number}", take, methods=_METHODS, provide_automatic_options=False
         )
     return blueprint
+
+
+async def _body_of_at_most(limit: int) -> bytes:
+    """Read as it comes: Quart's own limit is fixed before a handler runs.
+
+    Raises:
+        RequestEntityTooLarge: it is larger, or larger than the app allows.
+        trio.TooSlowError: it took longer than the app's BODY_TIMEOUT.
+    """
+    if (request.content_length or 0) > limit + _READ_ON_BYTES:
+        raise RequestEntityTooLarge
+    body = bytearray()
+    size = 0
+    with trio.fail_after(request.body_timeout or float("inf")):
+        async for piece in request.body:
+            size += len(piece)
+            if size <= limit:
+                body += piece
+            elif size > limit + _READ_ON_BYTES:
+                break
+    if size > limit:
+        raise RequestEntityTooLarge
+    return bytes(body)
 
 
 def _response(status: int, body: bytes, content_type: str = JSON.decode()) -> Response:

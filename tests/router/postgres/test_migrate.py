@@ -1,0 +1,100 @@
+"""Migrations on real databases: applied once, by one, and refused where they do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import pytest
+import trio
+from postgres_kit import Database, PostgresServer, open_test_database, server
+
+from actors.errors import JournalUnavailable
+from router.app import migrate_database
+from router.postgres.migrate import Migration, MigrationError, migrate, shipped_migrations
+
+__all__ = ["server"]
+
+pytestmark = pytest.mark.postgres
+
+NAMES = [f"{one.version:04}_{one.name}" for one in shipped_migrations()]
+
+
+@pytest.fixture
+def empty_dsn(server: PostgresServer) -> str:
+    return server.create_database(migrated=False)
+
+
+@pytest.fixture
+async def empty(empty_dsn: str) -> AsyncIterator[Database]:
+    async with open_test_database(empty_dsn) as database:
+        yield database
+
+
+async def migrated(database: Database, migrations: list[Migration]) -> list[str]:
+    async with database.connection() as connection:
+        done = await database.bridge.run(lambda: migrate(connection, migrations))
+        return [one.name for one in done]
+
+
+async def test_all_are_applied_once(empty: Database) -> None:
+    assert await migrate_database(empty.bridge, empty.dsn, apply=True) == NAMES
+    assert await migrate_database(empty.bridge, empty.dsn, apply=True) == []
+    assert await migrate_database(empty.bridge, empty.dsn, apply=False) == []
+    assert await empty.value("SELECT count(*) FROM postroom_migrations") == len(NAMES)
+
+
+async def test_only_looked_at_an_empty_database_is_refused_and_left_empty(empty: Database) -> None:
+    with pytest.raises(MigrationError, match=r"lacks \d+ migration.*postroom migrate"):
+        await migrate_database(empty.bridge, empty.dsn, apply=False)
+    assert await empty.value("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'") == 0
+
+
+async def test_two_migrators_at_once(empty: Database) -> None:
+    applied: list[list[str]] = []
+
+    async def one() -> None:
+        applied.append(await migrate_database(empty.bridge, empty.dsn, apply=True))
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(one)
+    assert sorted(applied) == [[], [], NAMES]
+
+
+@pytest.mark.parametrize("apply", [True, False])
+async def test_a_changed_migration_is_refused(empty: Database, apply: bool) -> None:
+    await migrate_database(empty.bridge, empty.dsn, apply=True)
+    await empty.fetch("UPDATE postroom_migrations SET checksum = 'another' WHERE version = 1")
+    with pytest.raises(MigrationError, match=r"0001_journal was changed after it was applied"):
+        await migrate_database(empty.bridge, empty.dsn, apply=apply)
+
+
+@pytest.mark.parametrize("apply", [True, False])
+async def test_a_newer_schema_is_refused(empty: Database, apply: bool) -> None:
+    await migrate_database(empty.bridge, empty.dsn, apply=True)
+    await empty.fetch("INSERT INTO postroom_migrations VALUES (99, 'later', 'x')")
+    with pytest.raises(MigrationError, match="at schema 99"):
+        await migrate_database(empty.bridge, empty.dsn, apply=apply)
+
+
+@pytest.mark.parametrize("apply", [True, False])
+async def test_tables_that_are_not_ours_are_refused_and_left_alone(empty: Database, apply: bool) -> None:
+    await empty.fetch("CREATE TABLE user_sessions (mine text)")
+    with pytest.raises(MigrationError, match=r"not Postroom's: user_sessions"):
+        await migrate_database(empty.bridge, empty.dsn, apply=apply)
+    assert await empty.value("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'") == 1
+
+
+async def test_one_that_fails_is_rolled_back_and_those_before_it_stay(empty: Database) -> None:
+    good = Migration(1, "good", "CREATE TABLE good (a int)")
+    bad = Migration(2, "bad", "CREATE TABLE half (a int); SELECT 1 / 0")
+    with pytest.raises(MigrationError, match="0002_bad failed and was rolled back"):
+        await migrated(empty, [good, bad])
+    assert await empty.value("SELECT to_regclass('good') IS NOT NULL AND to_regclass('half') IS NULL")
+    assert await migrated(empty, [good, replace(bad, sql="CREATE TABLE half (a int)")]) == ["bad"]
+
+
+async def test_a_database_out_of_reach(empty: Database) -> None:
+    with pytest.raises(JournalUnavailable, match="cannot connect"):
+        await migrate_database(empty.bridge, empty.dsn.replace("/test_", "/absent_"), apply=True)
