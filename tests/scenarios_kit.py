@@ -2,7 +2,7 @@
 phones, and the verdict over all of them. Nothing here is told by the router how things went.
 """
 
-# ruff: noqa: ASYNC110, ASYNC220, ASYNC240 - processes and tables send no events, so they are asked again
+# ruff: noqa: ASYNC110 - processes and tables send no events, so they are asked again
 
 from __future__ import annotations
 
@@ -97,7 +97,8 @@ def environment(**given: str) -> dict[str, str]:
     ours = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("WHATSAPP_", "WA_", "PG")) and name not in ("DATABASE_URL", "SESSION_TTL_HOURS")
+        if not name.startswith(("WHATSAPP_", "WA_", "PG"))
+        and name not in ("DATABASE_URL", "SESSION_TTL_HOURS")
     }
     secrets = {"WHATSAPP_APP_SECRET": SECRET, "WHATSAPP_VERIFY_TOKEN": VERIFY_TOKEN}
     return {**ours, **secrets, **given}

@@ -33,10 +33,11 @@ class Bridge:
         running: asyncio.Task[None] | None = None
         value: T | None = None
         error: BaseException | None = None
-        ended = cancelled = False
+        begun = ended = cancelled = False
 
         async def work() -> None:
-            nonlocal value, error, ended
+            nonlocal value, error, begun, ended
+            begun = True
             try:
                 value = await make()
             except BaseException as raised:
@@ -49,7 +50,9 @@ class Bridge:
             running = self._loop.create_task(work())
 
         def cancel() -> None:
-            if running is not None and not ended:
+            if not begun:
+                self._loop.call_soon(cancel)  # a task cancelled before its first step never runs, nor ends here
+            elif running is not None and not ended:
                 running.cancel()
 
         def abort(_: object) -> trio.lowlevel.Abort:

@@ -74,7 +74,8 @@ async def test_a_delivery_that_was_suppressed_is_missed(home: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "status"), [({}, 0), ({"before_verdict": delete_one_row}, 1), ({"services": forgetful_services}, 1)]
+    ("fault", "status"),
+    [({}, 0), ({"before_verdict": delete_one_row}, 1), ({"services": forgetful_services}, 1)],
 )
 def test_the_exit_status_is_the_verdict(
     home: Path, monkeypatch: pytest.MonkeyPatch, fault: dict[str, object], status: int

@@ -53,8 +53,10 @@ async def test_one_service_hangs_all_the_while(home: Path) -> None:
             waited = sorted(
                 sight.at - sent[sight.message_id] for sight in services.sights if sight.domain == "rides"
             )
-            print(f"rides delivered after {1000 * waited[len(waited) // 2]:.0f} ms (median) "
-                  f"and {1000 * waited[-1]:.0f} ms (longest)")
+            print(
+                f"rides delivered after {1000 * waited[len(waited) // 2]:.0f} ms (median) "
+                f"and {1000 * waited[-1]:.0f} ms (longest)"
+            )
             assert await database.unfinished() > 2500
             grown = router.rss() - resting
             print(f"memory grew by {grown / MEGABYTE:.1f} MB with 2,500 messages more that wait")

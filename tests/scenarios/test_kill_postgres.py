@@ -122,6 +122,7 @@ async def kill_backends(home: Path, rounds: int, *, seed: int) -> None:
 
 async def kill_appending_backend(database: Database) -> bool:
     """SIGKILL it while it executes, or false when it was never seen to."""
+
     async def look_and_kill(connection: object) -> bool:
         for _ in range(2_000):
             pid = await connection.fetchval(  # type: ignore[attr-defined]
@@ -181,7 +182,9 @@ class Proxy:
         listening = trio.socket.socket(trio.socket.AF_UNIX)
         await listening.bind(str(socket_path(self.socket_dir)))
         listening.listen(50)
-        await trio.serve_listeners(self._connection, [trio.SocketListener(listening)], task_status=task_status)
+        await trio.serve_listeners(
+            self._connection, [trio.SocketListener(listening)], task_status=task_status
+        )
 
     async def _connection(self, client: trio.SocketStream) -> None:
         async with client, await trio.open_unix_socket(self._target) as server:
@@ -320,7 +323,9 @@ async def cut_under_load(home: Path, rounds: int, *, seed: int) -> None:
                     slow = True
                     unfinished = await database.until(lambda count: count >= AT_LEAST)
                     await cut_once(proxy, "after" if number % 2 else "before")
-                    print(f"round {number + 1}: {unfinished} unfinished items, cut {proxy.cuts[-1]} the commit")
+                    print(
+                        f"round {number + 1}: {unfinished} unfinished items, cut {proxy.cuts[-1]} the commit"
+                    )
                     slow = False
                     await kit.caught_up(load, database)
                 load.stop()
@@ -339,5 +344,3 @@ async def test_connections_cut_during_commit_under_load(home: Path) -> None:
 @pytest.mark.acceptance
 async def test_connections_cut_twenty_times_during_commit_under_load(home: Path) -> None:
     await cut_under_load(home, 20, seed=8)
-
-
