@@ -21,6 +21,7 @@ import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -42,6 +43,12 @@ TEXTS = {
 }
 HANGS = 90.0
 """Seconds after which a test that waits for something is given up. Nothing is measured with it."""
+
+
+def say(line: str) -> None:
+    """For who runs the tests with -s: what a round was worth."""
+    sys.stdout.write(f"{line}\n")
+
 
 # Homes
 
@@ -363,12 +370,9 @@ class Services:
 @asynccontextmanager
 async def open_services(ledger: Ledger | None = None) -> AsyncIterator[Services]:
     services = Services(ledger or Ledger())
+    serve = partial(trio.serve_tcp, services.handle, 0, host="127.0.0.1", backlog=1000)
     async with trio.open_nursery() as nursery:
-        listeners = await nursery.start(
-            lambda task_status: trio.serve_tcp(
-                services.handle, 0, host="127.0.0.1", task_status=task_status, backlog=1000
-            )
-        )
+        listeners = await nursery.start(serve)
         services.port = listeners[0].socket.getsockname()[1]
         try:
             yield services

@@ -14,6 +14,7 @@ from quart_trio import QuartTrio
 
 from actors.errors import JournalUnavailable
 from router.app import Router
+from router.edge.disconnects import withhold_disconnects
 
 PROBE_SECONDS = 5.0  # the database probe's bound (M26)
 
@@ -93,4 +94,6 @@ async def _hypercorn(
     *,
     task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    await hypercorn_serve(app, config, shutdown_trigger=stopped, task_status=task_status)
+    await hypercorn_serve(
+        withhold_disconnects(app), config, shutdown_trigger=stopped, task_status=task_status
+    )

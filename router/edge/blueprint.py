@@ -20,7 +20,8 @@ _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
 
 def webhook_blueprint(router: Router) -> Blueprint:
     """A blueprint with every webhook path of `router`. Register it without a prefix:
-    `app.register_blueprint(webhook_blueprint(router))`.
+    `app.register_blueprint(webhook_blueprint(router))`. On hypercorn, serve
+    `router.edge.disconnects.withhold_disconnects(app)`, or it closes no connection by itself.
     """
     blueprint = Blueprint("postroom_webhooks", __name__)
 

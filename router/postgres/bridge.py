@@ -51,7 +51,9 @@ class Bridge:
 
         def cancel() -> None:
             if not begun:
-                self._loop.call_soon(cancel)  # a task cancelled before its first step never runs, nor ends here
+                self._loop.call_soon(
+                    cancel
+                )  # a task cancelled before its first step never runs, nor ends here
             elif running is not None and not ended:
                 running.cancel()
 

@@ -11,8 +11,6 @@ from edge_contract import (
     CONTRACT,
     IDLE_MS,
     World,
-    a_connection_that_is_to_close_is_closed,
-    an_idle_connection_is_closed,
     way_in,
 )
 from hypercorn.config import Config as HypercornConfig
@@ -21,6 +19,7 @@ from quart_trio import QuartTrio
 from wire import listening
 
 from router.edge.blueprint import webhook_blueprint
+from router.edge.disconnects import withhold_disconnects
 
 
 @asynccontextmanager
@@ -43,7 +42,7 @@ async def blueprint() -> AsyncIterator[World]:
     stopped = trio.Event()
 
     async def run(*, task_status: trio.TaskStatus[list[str]]) -> None:
-        await serve(app, config, shutdown_trigger=stopped.wait, task_status=task_status)
+        await serve(withhold_disconnects(app), config, shutdown_trigger=stopped.wait, task_status=task_status)
 
     async with way_in() as (journal, router), trio.open_nursery() as nursery:
         app.register_blueprint(webhook_blueprint(router))
@@ -52,20 +51,11 @@ async def blueprint() -> AsyncIterator[World]:
         stopped.set()
 
 
-NOT_BEHIND_HYPERCORN = {a_connection_that_is_to_close_is_closed, an_idle_connection_is_closed}
-
 Edge = Callable[[], AbstractAsyncContextManager[World]]
 
 
 @pytest.mark.parametrize("edge", [hot, blueprint], ids=lambda edge: edge.__name__)
 @pytest.mark.parametrize("law", CONTRACT, ids=lambda law: law.__name__)
-async def test_contract(
-    law: Callable[[World], Awaitable[None]], edge: Edge, request: pytest.FixtureRequest
-) -> None:
-    if edge is blueprint and law in NOT_BEHIND_HYPERCORN:
-        # Quart-Trio cancels its handler when hypercorn says that the answer is written, and with it
-        # hypercorn's own next step, which is to close or to set the idle timer. The socket stays open until
-        # the sender closes it (senders_that_leave_leave_no_socket).
-        request.node.add_marker(pytest.mark.xfail(reason="hypercorn 0.18 and quart-trio 0.12 never close"))
+async def test_contract(law: Callable[[World], Awaitable[None]], edge: Edge) -> None:
     async with edge() as world:
         await law(world)

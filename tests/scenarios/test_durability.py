@@ -1,5 +1,7 @@
 """A message is on the disk before its 200 leaves: the settings that promise it, and a trace of the calls."""
 
+# ruff: noqa: ASYNC110, ASYNC240 - processes send no events, and /proc is no disk
+
 from __future__ import annotations
 
 import os
@@ -120,7 +122,7 @@ async def test_the_wal_is_synced_before_the_200_is_written(home: Path) -> None:
     ]
     between = [ended for began, ended in synced if asked <= began and ended <= answered]
     assert between, f"asked at {asked}, synced {synced}, answered at {answered}"
-    print(
+    kit.say(
         f"the WAL was synced {1000 * (between[0] - asked):.2f} ms after Postgres was asked "
         f"and {1000 * (answered - between[0]):.2f} ms before the 200 was written"
     )

@@ -1,5 +1,5 @@
-"""Postgres dies under the router: the postmaster, the backend that appends, and connections in the middle of a
-COMMIT, whose outcome is then unknown. Nothing is lost and nothing is stored twice.
+"""Postgres dies under the router: the postmaster, the backend that appends, and connections in the middle
+of a COMMIT, whose outcome is then unknown. Nothing is lost and nothing is stored twice.
 """
 
 # ruff: noqa: ASYNC110 - tables send no events
@@ -53,7 +53,7 @@ async def kill_postmaster(home: Path, rounds: int, *, seed: int) -> None:
                     unfinished -= len(services.sights) - before
                     if unfinished >= AT_LEAST:
                         counted.append(unfinished)
-                        print(f"round {len(counted)}: {unfinished} unfinished items at the kill")
+                        kit.say(f"round {len(counted)}: {unfinished} unfinished items at the kill")
                     slow = False
                     if len(counted) == rounds:
                         break
@@ -64,7 +64,7 @@ async def kill_postmaster(home: Path, rounds: int, *, seed: int) -> None:
             await database.until(lambda count: count == 0)
             report = await kit.verdict(database, services)
             assert await router.stop() == 0
-    print(f"{report.received} messages answered 200, {report.repeats} delivered again")
+    kit.say(f"{report.received} messages answered 200, {report.repeats} delivered again")
     assert len(counted) == rounds
     assert report.received == report.distinct == sum(report.delivered.values())
 
@@ -108,7 +108,7 @@ async def kill_backends(home: Path, rounds: int, *, seed: int) -> None:
                     unfinished = await database.until(lambda count: count >= AT_LEAST)
                     if await kill_appending_backend(database):
                         killed += 1
-                        print(f"round {killed}: {unfinished} unfinished items before the kill")
+                        kit.say(f"round {killed}: {unfinished} unfinished items before the kill")
                         slow = False
                         await answers_again(database)
                         await kit.caught_up(load, database)
@@ -323,7 +323,7 @@ async def cut_under_load(home: Path, rounds: int, *, seed: int) -> None:
                     slow = True
                     unfinished = await database.until(lambda count: count >= AT_LEAST)
                     await cut_once(proxy, "after" if number % 2 else "before")
-                    print(
+                    kit.say(
                         f"round {number + 1}: {unfinished} unfinished items, cut {proxy.cuts[-1]} the commit"
                     )
                     slow = False

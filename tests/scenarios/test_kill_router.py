@@ -36,7 +36,7 @@ async def kill_rounds(home: Path, rounds: int, *, seed: int) -> None:
                     unfinished = await database.unfinished()
                     if unfinished >= AT_LEAST:
                         counted.append(unfinished)
-                        print(f"round {len(counted)}: {unfinished} unfinished items at the kill")
+                        kit.say(f"round {len(counted)}: {unfinished} unfinished items at the kill")
                     slow = False
                     router = RouterProcess(home, "--data-dir", data, "--config", config)
                     load.urls = [(await router.ready()).webhook]
@@ -50,7 +50,7 @@ async def kill_rounds(home: Path, rounds: int, *, seed: int) -> None:
             assert await router.stop() == 0
         finally:
             router.end()
-    print(
+    kit.say(
         f"{report.received} messages answered 200, {report.repeats} delivered again, "
         f"at most {report.longest_repeat} in a row"
     )

@@ -1,5 +1,5 @@
-"""Two `postroom serve` on one database: both accept, one delivers, and the other takes over when it is gone or
-stands still. One that comes back writes nothing any more under the epoch that it had.
+"""Two `postroom serve` on one database: both accept, one delivers, and the other takes over when it is gone
+or stands still. One that comes back writes nothing any more under the epoch that it had.
 """
 
 # ruff: noqa: ASYNC110 - processes and tables send no events
@@ -87,7 +87,7 @@ async def test_the_other_takes_over_from_one_that_was_killed(home: Path) -> None
             await first.kill()
             unfinished = await database.unfinished()
             seconds = await until_epoch_after(database, old)
-            print(f"{unfinished} unfinished items at the kill, taken over after {seconds:.1f} s")
+            kit.say(f"{unfinished} unfinished items at the kill, taken over after {seconds:.1f} s")
             assert seconds < 10
             services.plan = lambda sight: Plan()
             await trio.sleep(0.5)  # of traffic on the new one
@@ -131,7 +131,7 @@ async def stand_still(home: Path, seconds: float, *, seed: int) -> None:
         assert await epoch(database) == old + 1
         known = {sight.message_id for sight in services.sights[:sights]}
         late = [sight for sight in services.sights[sights:] if sight.message_id in known]
-        print(f"taken over after {taken_over:.1f} s, {len(late)} attempts repeated after {seconds:g} s")
+        kit.say(f"taken over after {taken_over:.1f} s, {len(late)} attempts repeated after {seconds:g} s")
         sessions = [sight.body["session"]["key"] for sight in late]
         assert len(sessions) == len(set(sessions)), "more than the attempt that had begun was repeated"
         report = await kit.verdict(database, services)
