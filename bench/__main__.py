@@ -9,7 +9,9 @@ from typing import NoReturn
 import click
 
 from bench import ack as ack_benchmark
+from bench import bridge as bridge_benchmark
 from bench import coldstart as coldstart_benchmark
+from bench import hang as hang_benchmark
 from bench.databases import UnfairDatabase
 from bench.processes import ProcessFailed
 
@@ -85,6 +87,39 @@ def coldstart(rounds: int, json_path: Path | None) -> None:
     Example: python -m bench coldstart --rounds 5
     """
     _finish(lambda: coldstart_benchmark.run(rounds, json_path))
+
+
+@main.command()
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="Pairs of loads.")
+@click.option(
+    "--seconds", default=8.0, show_default=True, type=click.FloatRange(0.5), help="Length of one load."
+)
+@_JSON
+def hang(rounds: int, seconds: float, json_path: Path | None) -> None:
+    """What the other services notice while one service hangs for a whole run.
+
+    Example: python -m bench hang --rounds 5 --seconds 8
+    """
+    settings = hang_benchmark.HangSettings(rounds=rounds, seconds=seconds)
+    _finish(lambda: hang_benchmark.run(settings, json_path))
+
+
+@main.command()
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--seconds", default=3.0, show_default=True, type=click.FloatRange(0.5), help="Length of one load."
+)
+@click.option(
+    "--connections", default="32,128", show_default=True, callback=_numbers, help="Keep-alive connections."
+)
+@_JSON
+def bridge(rounds: int, seconds: float, connections: tuple[int, ...], json_path: Path | None) -> None:
+    """asyncpg on a thread of its own beside asyncpg through trio-asyncio, on the router's append path.
+
+    Example: python -m bench bridge --rounds 5 --seconds 3
+    """
+    settings = bridge_benchmark.BridgeSettings(rounds=rounds, seconds=seconds, connections=connections)
+    _finish(lambda: bridge_benchmark.run(settings, json_path))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from bench.verdicts import Verdict
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = (
     "trio",
+    "trio-asyncio",
     "httptools",
     "uvloop",
     "asyncpg",

@@ -180,9 +180,11 @@ CREATE TABLE leases (
     shard      smallint PRIMARY KEY,
     holder     uuid,
     epoch      bigint NOT NULL DEFAULT 0,
-    expires_at timestamptz NOT NULL DEFAULT '-infinity'
+    expires_at timestamptz NOT NULL DEFAULT '-infinity',
+    locked     boolean NOT NULL DEFAULT false
 ) WITH (fillfactor = 20, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);
-COMMENT ON TABLE leases IS 'Who delivers. Every completion is refused unless its epoch is the one here';
+COMMENT ON TABLE leases IS 'Who delivers. Every completion is refused unless its epoch is the one here. '
+    'locked: the holder''s database session holds the session lock';
 INSERT INTO leases (shard) VALUES (0);
 
 CREATE TABLE whatsapp_home_menu_items (
@@ -440,24 +442,28 @@ BEGIN
     RETURN NOT FOUND;
 END $$;
 
--- The lease. Taken when it has run out, or when p_vacant: the holder's database session is known to have
--- ended. Returns the epoch, or null. Completions hold (7305, 2) shared, so none of the old epoch is
--- under way when the new one begins.
-CREATE FUNCTION postroom_take_lease(p_holder uuid, p_ttl interval, p_vacant boolean)
+-- The lease. Taken when it has run out, or when the taker got the session lock (p_locked) that the holder
+-- had: the holder's database session has ended then. Of a holder that never had it, as after one that
+-- stood still, the lock says nothing. Returns the epoch, or null. Completions hold (7305, 2) shared, so
+-- none of the old epoch is under way when the new one begins.
+CREATE FUNCTION postroom_take_lease(p_holder uuid, p_ttl interval, p_locked boolean)
 RETURNS bigint LANGUAGE plpgsql AS $$
 DECLARE
     new_epoch bigint;
 BEGIN
     PERFORM pg_advisory_xact_lock(7305, 2);
-    UPDATE leases SET holder = p_holder, epoch = epoch + 1, expires_at = clock_timestamp() + p_ttl
-     WHERE shard = 0 AND (p_vacant OR holder IS NULL OR expires_at <= clock_timestamp())
+    UPDATE leases SET holder = p_holder, epoch = epoch + 1, expires_at = clock_timestamp() + p_ttl,
+                      locked = p_locked
+     WHERE shard = 0 AND ((p_locked AND locked) OR holder IS NULL OR expires_at <= clock_timestamp())
     RETURNING epoch INTO new_epoch;
     RETURN new_epoch;
 END $$;
 
-CREATE FUNCTION postroom_renew_lease(p_epoch bigint, p_ttl interval) RETURNS boolean LANGUAGE plpgsql AS $$
+CREATE FUNCTION postroom_renew_lease(p_epoch bigint, p_ttl interval, p_locked boolean DEFAULT false)
+RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
-    UPDATE leases SET expires_at = clock_timestamp() + p_ttl WHERE shard = 0 AND epoch = p_epoch;
+    UPDATE leases SET expires_at = clock_timestamp() + p_ttl, locked = p_locked
+     WHERE shard = 0 AND epoch = p_epoch;
     RETURN FOUND;
 END $$;
 
@@ -550,7 +556,8 @@ BEGIN
         INSERT INTO journal_stragglers (seq) SELECT unnest(p_stragglers) ON CONFLICT DO NOTHING;
     END IF;
     IF EXISTS (SELECT FROM journal_stragglers) THEN
-        DELETE FROM journal_stragglers WHERE seq = ANY (done);
+        -- All of the batch, and not only what was inserted now: a repeated batch brings its stragglers again.
+        DELETE FROM journal_stragglers WHERE seq = ANY (c_seq);
     END IF;
 
     UPDATE delivery_tallies t

@@ -52,7 +52,8 @@ async def serve(
             trio.open_nursery() as edges,
         ):
             edges.start_soon(listener.serve, router.webhooks.accept_nowait)
-            admin = await _start_admin(edges, router, config, stop)
+            drained = trio.Event()
+            admin = await _start_admin(edges, router, config, stop, drained)
             first = router.webhooks.paths[0]
             announce(
                 f"ready webhook=http://{_shown(config.host)}:{port}{first} admin={admin} "
@@ -62,11 +63,15 @@ async def serve(
             listener.drain()
             with trio.move_on_after(_DRAIN_LISTENER_SECONDS):
                 await listener.drained()
+            drained.set()
             edges.cancel_scope.cancel()
         nursery.cancel_scope.cancel()
 
 
-async def _start_admin(nursery: trio.Nursery, router: Router, config: Config, stop: trio.Event) -> str:
+async def _start_admin(
+    nursery: trio.Nursery, router: Router, config: Config, stop: trio.Event, drained: trio.Event
+) -> str:
+    """The admin port's URL. From `stop` on it says that we are not ready, until `drained` it says so."""
     # Imported here: it takes longer than all the rest of the start, and the listener is open already.
     from router.edge.admin import admin_app, serve_admin
 
@@ -74,7 +79,7 @@ async def _start_admin(nursery: trio.Nursery, router: Router, config: Config, st
 
     async def admin(*, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
         await serve_admin(
-            app, config.admin_host, config.admin_port, stopped=stop.wait, task_status=task_status
+            app, config.admin_host, config.admin_port, stopped=drained.wait, task_status=task_status
         )
 
     try:

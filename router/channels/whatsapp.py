@@ -153,16 +153,13 @@ class Splitter:
         if not isinstance(message, dict):
             return self._bucketed(Kind.MESSAGE, path, Bucket.MALFORMED, "not_an_object", number)
         message_id = _text(message, "id")
-        kind = _text(message, "type")
-        if wrong is None:
-            if message_id is None:
-                wrong = "no_id"
-            elif not _storable(message_id):
-                message_id, wrong = None, "unstorable_id"
+        if message_id is None:
+            wrong = wrong or "no_id"
+        elif not _storable(message_id):
+            message_id, wrong = None, wrong or "unstorable_id"
         if wrong is not None or number is None or message_id is None:
             item = self._bucketed(Kind.MESSAGE, path, Bucket.MALFORMED, wrong, number)
-            if message_id is not None and _storable(message_id):
-                item.message_id = message_id
+            item.message_id = message_id
             return item
         contact = contacts.of(message)
         wa_id, user_id, names = _names(message, contact)
@@ -176,7 +173,7 @@ class Splitter:
             names,
             wa_id,
             user_id,
-            kind if kind is not None and _storable(kind) else None,
+            _name(message, "type"),
             None,
             None,
             message,
@@ -212,16 +209,16 @@ class Splitter:
 
     def message_key(self, number: str, message_id: str) -> bytes:
         """The ledger's 16-byte hash of a message; also the body of its idempotency key."""
-        return self._hash(b"m", number, message_id)
+        return self._hash(b"m", f"{number}\0{message_id}")
 
     def status_key(self, message_id: str, status: str, timestamp: str) -> bytes:
         """The ledger's hash of a status."""
-        return self._hash(b"s", message_id, status, timestamp)
+        return self._hash(b"s", f"{message_id}\0{status}\0{timestamp}")
 
-    def _hash(self, kind: bytes, *parts: str) -> bytes:
+    def _hash(self, kind: bytes, named: str) -> bytes:
         # A copy of a keyed state costs a third of keying a new one.
         state = self._keyed[kind].copy()
-        state.update("\0".join(parts).encode("utf-8", "surrogatepass"))
+        state.update(named.encode("utf-8", "surrogatepass"))
         return state.digest()
 
     def _bucketed(
@@ -336,11 +333,11 @@ class _Contacts:
 
 
 def _shares_a_name(message: Mapping[str, Any], contact: Mapping[str, Any]) -> bool:
-    for ours, theirs in (("from", "wa_id"), ("from_user_id", "user_id")):
-        name = _text(message, ours)
-        if name is not None and name == contact.get(theirs):
-            return True
-    return False
+    name = message.get("from")
+    if name and isinstance(name, str) and name == contact.get("wa_id"):
+        return True
+    name = message.get("from_user_id")
+    return bool(name) and isinstance(name, str) and name == contact.get("user_id")
 
 
 def _names(
@@ -349,15 +346,12 @@ def _names(
     """(wa_id, user_id, names). A group is one conversation whoever writes in it."""
     found = contact if contact is not None else _NOTHING
     wa_id = _name(message, "from") or _name(found, "wa_id")
-    user_id = None
-    for source, key in (
-        (message, "from_user_id"),
-        (found, "user_id"),
-        (message, "from_parent_user_id"),
-        (found, "parent_user_id"),
-    ):
-        if key in source and (user_id := _name(source, key)) is not None:
-            break
+    user_id = (
+        _name(message, "from_user_id")
+        or _name(found, "user_id")
+        or _name(message, "from_parent_user_id")
+        or _name(found, "parent_user_id")
+    )
     group = _name(message, "group_id")
     if group is not None:
         return wa_id, user_id, (f"group:{group}",)

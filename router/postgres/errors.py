@@ -13,7 +13,7 @@ from actors.errors import JournalUnavailable, LeaseLost
 FLUSH_GIVEN_UP = "PR001"  # raised by postroom_append
 EPOCH_OVER = "PR002"  # raised by postroom_require_epoch
 
-# Connection gone, timed out, refused, shut down, out of room, read-only after a failover.
+# Connection gone, timed out, refused, shut down, out of room, read-only after a failover, not made yet.
 TRANSIENT = (
     asyncpg.PostgresConnectionError,
     asyncpg.InterfaceError,
@@ -22,6 +22,7 @@ TRANSIENT = (
     asyncpg.ReadOnlySQLTransactionError,
     asyncpg.CannotConnectNowError,
     asyncpg.InvalidAuthorizationSpecificationError,
+    asyncpg.InvalidCatalogNameError,
     asyncpg.LockNotAvailableError,
     asyncpg.PostgresSystemError,
     asyncio.TimeoutError,

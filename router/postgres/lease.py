@@ -111,6 +111,9 @@ class PostgresLease:
                     epoch: int | None = await connection.fetchval(
                         _SQL["take"], self._holder, TTL, self._locked
                     )
+                    if epoch is None and self._locked:
+                        await connection.execute(_SQL["release_session_lock"])
+                        self._locked = False
                     return epoch
             except TRANSIENT:
                 self._line.drop()
@@ -120,9 +123,9 @@ class PostgresLease:
         with translated("lease"):
             try:
                 async with asyncio.timeout(TTL.total_seconds()), self._line.use() as connection:
-                    renewed: bool = await connection.fetchval(_SQL["renew"], epoch, TTL)
-                    if renewed and not self._locked:
+                    if not self._locked:
                         self._locked = await connection.fetchval(_SQL["hold_session_lock"])
+                    renewed: bool = await connection.fetchval(_SQL["renew"], epoch, TTL, self._locked)
                     return renewed
             except TRANSIENT:
                 self._line.drop()

@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import urllib.parse
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -58,13 +59,15 @@ async def test_from_ready_line_to_drained_exit(home: Path) -> None:
 
 async def test_requests_in_flight_at_sigterm_are_answered_and_readiness_ends(home: Path) -> None:
     body = kit.body_of(kit.new_message("taxi"))
-    async with open_services() as services:
+    async with AsyncExitStack() as stack, open_services() as services:
         config = kit.write_config(home, services)
         async with kit.serving(home, "--data-dir", home / "data", "--config", config) as router:
             place = urllib.parse.urlsplit(router.webhook)
             admin = urllib.parse.urlsplit(router.admin)
-            begun = await trio.open_tcp_stream(place.hostname or "", place.port or 0)
-            watching = await trio.open_tcp_stream(admin.hostname or "", admin.port or 0)
+            begun, watching = [
+                await stack.enter_async_context(await trio.open_tcp_stream(at.hostname or "", at.port or 0))
+                for at in (place, admin)
+            ]
             head = (
                 f"POST {place.path} HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Type: application/json\r\n"
                 f"X-Hub-Signature-256: {signature(kit.SECRET, body)}\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -82,8 +85,6 @@ async def test_requests_in_flight_at_sigterm_are_answered_and_readiness_ends(hom
                 answer += chunk
             assert answer.startswith(b"HTTP/1.1 200 ")
             assert answer.endswith(b'{"status":"accepted"}')
-            await watching.aclose()
-            await begun.aclose()
             assert await router.exit_code() == 0
     checked = await kit.postroom("check", "--json", "--data-dir", home / "data", cwd=home)
     assert json.loads(checked.stdout)["received"] == 1

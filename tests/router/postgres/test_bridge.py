@@ -188,7 +188,10 @@ async def test_a_cancelled_statement_leaves_its_connection_usable(database: Data
             return await connection.fetchval(statement)
 
     backend = await database.bridge.run(lambda: value("SELECT pg_backend_pid()"))
-    running = "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query LIKE 'SELECT pg_sleep%' AND pid = $1"
+    running = """
+        SELECT count(*) FROM pg_stat_activity
+         WHERE state = 'active' AND query LIKE 'SELECT pg_sleep%' AND pid = $1
+    """
     async with trio.open_nursery() as nursery:
         nursery.start_soon(database.bridge.run, lambda: value("SELECT pg_sleep(3600)"))
         while not await database.value(running, backend):

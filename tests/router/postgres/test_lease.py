@@ -95,12 +95,20 @@ async def test_a_holder_whose_session_ended_is_succeeded_at_once(database: Datab
         assert await two.acquire() == epoch + 1
 
 
+async def test_of_a_holder_that_never_had_the_session_lock_it_says_nothing(database: Database) -> None:
+    """As after one that stood still: it comes back and gives its lock up, while its successor delivers."""
+    epoch = await take(database)
+    assert await take(database, vacant=True) is None
+    assert await database.value("SELECT postroom_renew_lease($1, '5 s', true)", epoch) is True
+    assert await take(database, vacant=True) == 2
+
+
 async def test_an_old_epoch_completes_and_claims_nothing(database: Database) -> None:
     async with database.journal() as journal:
         result = await journal.append([body(message("a"))], duplicates=0)
         assert isinstance(result, Appended)
         [item] = await journal.read([result.first_seq])
-        old = await take(database)
+        old = await take(database, vacant=True)
         assert old is not None
         new = await take(database, vacant=True)
         assert new == old + 1
@@ -115,7 +123,7 @@ async def test_an_old_epoch_completes_and_claims_nothing(database: Database) -> 
 
 async def test_a_new_epoch_begins_after_the_completions_of_the_old_one(database: Database) -> None:
     """A completion under way holds the taker up; it is not cut in two."""
-    await take(database)
+    await take(database, vacant=True)
     taken: list[int | None] = []
     async with database.connection() as completing:
         transaction = completing.transaction()
