@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,7 @@ async def attached(pids: list[int]) -> None:
     """Wait until every thread of these is traced."""
     with trio.fail_after(kit.HANGS):
         for pid in pids:
-            for task in Path(f"/proc/{pid}/task").iterdir():
-                while "TracerPid:\t0\n" in (task / "status").read_text():
-                    await trio.sleep(0.01)
+            with suppress(FileNotFoundError, ProcessLookupError):  # a worker that has ended meanwhile
+                for task in Path(f"/proc/{pid}/task").iterdir():
+                    while "TracerPid:\t0\n" in (task / "status").read_text():
+                        await trio.sleep(0.01)

@@ -53,7 +53,7 @@ async def kill_postmaster(home: Path, rounds: int, *, seed: int) -> None:
                     unfinished -= len(services.sights) - before
                     if unfinished >= AT_LEAST:
                         counted.append(unfinished)
-                        kit.say(f"round {len(counted)}: {unfinished} unfinished items at the kill")
+                        kit.say(f"round {len(counted)}: at least {unfinished} unfinished items at the kill")
                     slow = False
                     if len(counted) == rounds:
                         break
@@ -103,12 +103,17 @@ async def kill_backends(home: Path, rounds: int, *, seed: int) -> None:
             load.urls = [router.webhook]
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(load.run)
-                while killed < rounds:
+                for _ in range(3 * rounds):
+                    if killed == rounds:
+                        break
                     slow = True
-                    unfinished = await database.until(lambda count: count >= AT_LEAST)
+                    unfinished = await database.until(lambda count: count >= AT_LEAST + 30)
+                    before = len(services.sights)
                     if await kill_appending_backend(database):
-                        killed += 1
-                        kit.say(f"round {killed}: {unfinished} unfinished items before the kill")
+                        unfinished -= len(services.sights) - before
+                        if unfinished >= AT_LEAST:
+                            killed += 1
+                            kit.say(f"round {killed}: at least {unfinished} unfinished items at the kill")
                         slow = False
                         await answers_again(database)
                         await kit.caught_up(load, database)
@@ -117,6 +122,7 @@ async def kill_backends(home: Path, rounds: int, *, seed: int) -> None:
             await database.until(lambda count: count == 0)
             report = await kit.verdict(database, services)
             assert await router.stop() == 0
+    assert killed == rounds
     assert report.received == report.distinct == sum(report.delivered.values())
 
 
@@ -319,12 +325,18 @@ async def cut_under_load(home: Path, rounds: int, *, seed: int) -> None:
             load.urls = [router.webhook]
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(load.run)
-                for number in range(rounds):
+                done = 0
+                for _ in range(3 * rounds):
+                    if done == rounds:
+                        break
                     slow = True
-                    unfinished = await database.until(lambda count: count >= AT_LEAST)
-                    await cut_once(proxy, "after" if number % 2 else "before")
+                    unfinished = await database.until(lambda count: count >= AT_LEAST + 30)
+                    before = len(services.sights)
+                    await cut_once(proxy, "after" if done % 2 else "before")
+                    unfinished -= len(services.sights) - before
+                    done += unfinished >= AT_LEAST
                     kit.say(
-                        f"round {number + 1}: {unfinished} unfinished items, cut {proxy.cuts[-1]} the commit"
+                        f"round {done}: at least {unfinished} unfinished items, cut {proxy.cuts[-1]} commit"
                     )
                     slow = False
                     await kit.caught_up(load, database)
@@ -333,6 +345,7 @@ async def cut_under_load(home: Path, rounds: int, *, seed: int) -> None:
             await database.until(lambda count: count == 0)
             report = await kit.verdict(database, services)
             assert await router.stop() == 0
+    assert done == rounds
     assert report.received == report.distinct == sum(report.delivered.values())
     assert report.repeats == 0
 
