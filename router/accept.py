@@ -21,7 +21,7 @@ import trio
 from actors.kernel import Address, MailboxClosed, MailboxFull
 from actors.messages import Delivery
 from router.channels import whatsapp
-from router.channels.whatsapp import Splitter
+from router.channels.whatsapp import AppSecret, Splitter
 from router.config import AppConfig
 
 JSON: Final = b"application/json"
@@ -213,7 +213,7 @@ class _App:
 
     def __init__(self, config: AppConfig, claimed: Mapping[str, str]) -> None:
         self.config = config
-        self.live_secrets = tuple(secret.encode() for secret in config.live_secrets)
+        self.live_secrets = tuple(AppSecret(secret.encode()) for secret in config.live_secrets)
         self._claimed = claimed
         self._splitter: Splitter | None = None
 

@@ -8,6 +8,7 @@ import select
 import socket
 import time
 from collections import deque
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import httptools
@@ -60,7 +61,7 @@ _READ = {
 
 def encode(response: Response, date: bytes, *, close: bool, head: bool = False) -> bytes:
     """The bytes of a response; `head` leaves the body out."""
-    fields = b"".join([b"%s: %s\r\n" % pair for pair in response.headers])
+    fields = b"%s: %s\r\n" * len(response.headers) % tuple(chain.from_iterable(response.headers))
     return b"HTTP/1.1 %d %s\r\nContent-Type: %s\r\nContent-Length: %d\r\nDate: %s\r\n%s%s\r\n%s" % (
         response.status,
         REASONS.get(response.status, b"Unknown"),

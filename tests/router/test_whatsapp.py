@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hmac
 import json
 from collections.abc import Callable
 from hashlib import sha256
@@ -15,7 +16,15 @@ from hypothesis import strategies as st
 
 from actors.messages import Bucket, Delivery, Incoming, Kind
 from router.channels import whatsapp
-from router.channels.whatsapp import MAX_ID_CHARS, Splitter, challenge, item_at, sender, signature_is_valid
+from router.channels.whatsapp import (
+    MAX_ID_CHARS,
+    AppSecret,
+    Splitter,
+    challenge,
+    item_at,
+    sender,
+    signature_is_valid,
+)
 from router.json_text import MAX_NESTING, parse
 from router.simulator import payloads, signature
 from router.simulator.payloads import Head, Json
@@ -62,7 +71,7 @@ def one_change(number: str = NUMBER, **lists: Any) -> bytes:
 
 class TestSignature:
     body = b'{"name":"Zo\\u00eb"}'
-    secrets = (b"current", b"previous")
+    secrets = (AppSecret(b"current"), AppSecret(b"previous"))
 
     @pytest.mark.parametrize("secret", ["current", "previous"])
     def test_both_live_secrets_sign(self, secret: str) -> None:
@@ -119,7 +128,13 @@ class TestSignature:
     @PROPERTY
     @given(st.one_of(st.binary(), st.text()), st.binary(), st.lists(st.binary(min_size=1), max_size=2))
     def test_any_header_has_an_answer(self, header: str | bytes, body: bytes, secrets: list[bytes]) -> None:
-        assert signature_is_valid(header, body, secrets) is False
+        assert signature_is_valid(header, body, map(AppSecret, secrets)) is False
+
+    @PROPERTY
+    @given(st.binary(max_size=200), st.binary())
+    def test_it_is_the_hmac_of_the_standard_library(self, secret: bytes, body: bytes) -> None:
+        expected = b"sha256=" + hmac.digest(secret, body, "sha256").hex().encode()
+        assert AppSecret(secret).signature(body) == expected
 
 
 class TestHandshake:
