@@ -290,6 +290,8 @@ CREATE TYPE postroom_item AS (
 
 -- The flush. One statement is one transaction: dedup, ledger, events, items, sessions' names and tallies.
 -- With duplicates nothing is written and their positions (from 1) come back: the caller cuts them out.
+-- enable_seqscan: a session keeps its plans, and one made while the ledger was empty would read all of it
+-- at each flush until statistics are gathered again.
 CREATE FUNCTION postroom_append(
     p_writer uuid, p_flush bigint, p_now timestamptz, p_notify boolean,
     p_duplicates bigint, p_malformed bigint, p_handled bigint,
@@ -297,7 +299,7 @@ CREATE FUNCTION postroom_append(
     s_number text[], s_message_id text[], s_status text[], s_rank smallint[], s_at timestamptz[],
     OUT first_seq bigint, OUT dup_positions integer[], OUT dup_seqs bigint[], OUT session_keys text[],
     OUT join_positions integer[], OUT join_keys text[]
-) LANGUAGE plpgsql AS $$
+) LANGUAGE plpgsql SET enable_seqscan = off AS $$
 DECLARE
     n_items  integer := coalesce(cardinality(p_items), 0);
     n_events integer := coalesce(cardinality(p_events), 0);
@@ -493,7 +495,7 @@ CREATE FUNCTION postroom_complete(
     d_seq bigint[], d_received timestamptz[], d_phone text[], d_service text[], d_payload text[], d_error text[],
     d_status text[], d_resolution text[], d_retry_at timestamptz[], d_message_id text[], d_session text[],
     d_attempts integer[], d_correlation text[]
-) RETURNS integer LANGUAGE plpgsql AS $$
+) RETURNS integer LANGUAGE plpgsql SET enable_seqscan = off AS $$
 DECLARE
     done bigint[];
     counts record;
