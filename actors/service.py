@@ -35,12 +35,11 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Undelivered:
-    """The deadline or the attempts are used up. `counted`: false when the service only asked to wait."""
+    """The deadline or the attempts are used up; due again in `retry_in` seconds."""
 
     reason: str
     attempts: int
     retry_in: float
-    counted: bool
 
 
 Result = Delivered | Rejected | Undelivered
@@ -141,7 +140,6 @@ class Service:
                     outcome.reason,
                     attempts,
                     self._policy.first_retry(outcome.after),
-                    counted=outcome.after is None,
                 )
             await trio.sleep(wait)
 

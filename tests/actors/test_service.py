@@ -97,7 +97,7 @@ async def test_failures_are_tried_again_with_backoff_and_then_undelivered(autoju
     office = Office()
     office.script(*(Retry(reason=f"down {number}") for number in range(5)))
     async with office.open():
-        assert await office.deliver() == Undelivered("down 2", 3, STANDARD_FIRST_RETRY, counted=True)
+        assert await office.deliver() == Undelivered("down 2", 3, STANDARD_FIRST_RETRY)
         assert trio.current_time() == pytest.approx(0.75)
     assert [(one.attempt, one.redelivered) for one in office.counterpart.seen] == [
         (1, False),
@@ -151,7 +151,7 @@ async def test_a_retry_after_beyond_the_deadline_is_left_to_the_dead_letters(aut
     office = Office()
     office.script(Retry(after=60.0, reason="busy"))
     async with office.open():
-        assert await office.deliver() == Undelivered("busy", 1, 60.0, counted=False)
+        assert await office.deliver() == Undelivered("busy", 1, 60.0)
         assert trio.current_time() == 0
 
 
