@@ -169,8 +169,8 @@ class Incoming:
 
 @dataclass(slots=True, eq=False)
 class Delivery:
-    """One signed body from Meta with its items. `without(positions)` gives the same body with those
-    items cut out, or None when nothing is left. `settle(stored)` answers the sender, exactly once.
+    """One signed body from Meta with its items. `settle(stored)` answers the sender, exactly once.
+    `cut` is how its channel makes it smaller.
     """
 
     app: str
@@ -178,9 +178,13 @@ class Delivery:
     items: list[Incoming]
     correlation_id: str
     traceparent: str | None
-    without: Callable[[frozenset[int]], Delivery | None]
+    cut: Callable[[Delivery, frozenset[int]], Delivery | None]
     settle: Callable[[bool], None]
     partial: bool = False
+
+    def without(self, positions: frozenset[int]) -> Delivery | None:
+        """The same body with the items at these positions cut out, or None when nothing is left."""
+        return self.cut(self, positions)
 
 
 @dataclass(frozen=True, slots=True)

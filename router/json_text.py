@@ -11,8 +11,8 @@ from typing import Any
 import orjson
 
 # Levels of objects and arrays. Meta's own bodies have about a dozen; what is read must also be written
-# again inside another object, and the writers give up at 254.
-MAX_NESTING = 200
+# again inside another object, and Python's recursion limit of 1,000 frames bounds the writer.
+MAX_NESTING = 400
 
 # A surrogate pair is one character, and jsonb takes it; NUL and half of a pair it does not take. A
 # backslash that is itself escaped begins no escape.
@@ -43,7 +43,8 @@ def parse(body: bytes) -> Any:
             value = json.loads(body.decode("utf-8"))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"not JSON: {type(error).__name__}") from None
-    if body.count(b"[") + body.count(b"{") > MAX_NESTING and _is_deep(value):
+    # Each level takes two bytes at least, so that a usual body is not counted.
+    if len(body) > 2 * MAX_NESTING and body.count(b"[") + body.count(b"{") > MAX_NESTING and _is_deep(value):
         raise ValueError(f"nested deeper than {MAX_NESTING}")
     return value
 
@@ -59,8 +60,8 @@ def _is_deep(value: Any) -> bool:
 
 
 def encode(value: Any) -> bytes:
-    """JSON bytes of a parsed value, also where a text in it has no UTF-8 form. NaN and infinities are
-    written as null.
+    """JSON bytes of a parsed value, also where a text in it has no UTF-8 form, or it is nested deeper
+    than the fast writer goes (254). NaN and infinities are written as null.
     """
     try:
         return orjson.dumps(value)
@@ -96,8 +97,15 @@ def _written(writer: json.JSONEncoder, value: Any) -> str:
 
 
 def _finite(value: Any) -> Any:
+    # Loops, where comprehensions would be a second frame for each level.
     if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
+        fields = {}
+        for key, one in value.items():
+            fields[key] = _finite(one)
+        return fields
     if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
+        listed = []
+        for one in value:
+            listed.append(_finite(one))
+        return listed
     return None if isinstance(value, float) and not math.isfinite(value) else value

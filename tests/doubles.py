@@ -72,11 +72,11 @@ def delivery(*items: Incoming, answers: Answers | None = None, size: int = 10) -
     """A body with these items that can be cut like a real one."""
     settle = (answers or Answers()).given.append
 
-    def without(positions: frozenset[int]) -> Delivery | None:
+    def cut(_whole: Delivery, positions: frozenset[int]) -> Delivery | None:
         left = [item for position, item in enumerate(items) if position not in positions]
         return replace(delivery(*left), settle=settle, partial=True) if left else None
 
-    return Delivery("app", b"x" * size, list(items), "correlation", None, without, settle)
+    return Delivery("app", b"x" * size, list(items), "correlation", None, cut, settle)
 
 
 @dataclass

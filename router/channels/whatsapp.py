@@ -89,28 +89,24 @@ class Splitter:
         except ValueError:
             items = [self._bucketed(Kind.BODY, "", Bucket.MALFORMED, "unparseable")]
 
-        def without(positions: frozenset[int]) -> Delivery | None:
-            if len(positions) == len(items):
-                return None
-            # Parsed again: to keep every document until its flush has committed costs more.
-            left = cut(parse(body), {items[position].path for position in positions})
-            if left is None:
-                return None
-            rest = self.delivery(
-                encode(left), correlation_id=correlation_id, traceparent=traceparent, settle=settle
-            )
-            rest.partial = True
-            return rest
+        return Delivery(self._app, body, items, correlation_id, traceparent, self._cut, settle)
 
-        return Delivery(
-            app=self._app,
-            body=body,
-            items=items,
-            correlation_id=correlation_id,
-            traceparent=traceparent,
-            without=without,
-            settle=settle,
+    def _cut(self, delivery: Delivery, positions: frozenset[int]) -> Delivery | None:
+        items = delivery.items
+        if len(positions) == len(items):
+            return None
+        # Parsed again: to keep every document until its flush has committed costs more.
+        left = cut(parse(delivery.body), {items[position].path for position in positions})
+        if left is None:
+            return None
+        rest = self.delivery(
+            encode(left),
+            correlation_id=delivery.correlation_id,
+            traceparent=delivery.traceparent,
+            settle=delivery.settle,
         )
+        rest.partial = True
+        return rest
 
     def split(self, document: Any) -> list[Incoming]:
         """Every item of a parsed body, in the order it stands there; never an empty list."""

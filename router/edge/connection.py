@@ -44,17 +44,19 @@ REASONS = {
 # The header fields that anybody here reads; the others are counted and dropped. Each may come once: more
 # of them could be read in two ways, by us and by whatever stands in front of us. The usual spellings are
 # looked up as they come, which is cheaper than lowering every name.
-_READ = {
-    spelling: name
-    for name in (
-        b"content-length",
-        b"transfer-encoding",
-        b"host",
-        b"expect",
-        b"x-hub-signature-256",
-        b"traceparent",
-        b"x-correlation-id",
-    )
+_READ = (
+    b"content-length",
+    b"transfer-encoding",
+    b"host",
+    b"expect",
+    b"x-hub-signature-256",
+    b"traceparent",
+    b"x-correlation-id",
+)
+_NOT_READ = (b"user-agent", b"accept", b"accept-encoding", b"content-type", b"connection")  # that often come
+_SPELLINGS = {
+    spelling: name if name in _READ else None
+    for name in (*_READ, *_NOT_READ)
     for spelling in (name, name.title(), name.upper())
 }
 
@@ -172,11 +174,12 @@ class Connection:
             return  # a trailer; nothing may be said after the body that changes what the head said
         self._header_count += 1
         self._head_size += len(name) + len(value) + 4
-        known = _READ.get(name)
+        try:
+            known = _SPELLINGS[name]
+        except KeyError:
+            known = _SPELLINGS.get(name.lower())
         if known is None:
-            known = _READ.get(name.lower())
-            if known is None:
-                return
+            return
         if known in self._headers:
             self._refuse(400, "bad_request", f"more than one {known.decode('ascii')} header")
         self._headers[known] = value

@@ -85,12 +85,12 @@ class TestParse:
         with pytest.raises(ValueError, match="not JSON"):
             parse(body)
 
-    @pytest.mark.parametrize("inner", [b"", b'"\\ud800"'])
+    @pytest.mark.parametrize("inner", [b"", b'"\\ud800"', b"NaN"])
     def test_nesting_has_one_limit_whoever_reads(self, inner: bytes) -> None:
         body = b"[" * MAX_NESTING + inner + b"]" * MAX_NESTING
         assert encode({"message": parse(body)})
         assert storable({"message": parse(body)})
-        for levels in (MAX_NESTING + 1, 400, 990, 1024, 1025, 100_000):
+        for levels in (MAX_NESTING + 1, 990, 1024, 1025, 100_000):
             with pytest.raises(ValueError, match=r"nested|not JSON"):
                 parse(b"[" * levels + inner + b"]" * levels)
 
@@ -98,7 +98,7 @@ class TestParse:
         assert parse(b'["' + b"[{" * 5000 + b'"]')
         assert len(parse(b"[" + b",".join([b"{}"] * 5000) + b"]")) == 5000
         with pytest.raises(ValueError, match="nested"):
-            parse(b'{"a":' * 201 + b"1" + b"}" * 201)
+            parse(b'{"a":' * (MAX_NESTING + 1) + b"1" + b"}" * (MAX_NESTING + 1))
 
     @PROPERTY
     @given(st.binary())
