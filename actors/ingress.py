@@ -1,5 +1,6 @@
 """Group commit: everything that waits is journaled in one transaction, then answered. A flush starts
-when the one before it has committed; no timer sits in the path of a lone message.
+when the one before it has committed; no timer sits in the path of a lone message. What is being read at
+that moment joins it, which is the `linger` of its address.
 """
 
 from __future__ import annotations

@@ -44,6 +44,8 @@ _log = get_logger("postroom")
 
 DRAIN_SECONDS = 20.0  # a running attempt is waited for: longer than the default deadline of a delivery
 CANCELLED_DRAIN_SECONDS = 5.0
+# Passes of the scheduler: the answers of one flush go out, and what they bring joins the next.
+_INGRESS_LINGER = 4
 _KEEP_HOUSE_EVERY = 3_600.0
 _MENU_EVERY = 30.0
 
@@ -117,7 +119,9 @@ class Router:
             ),
             on_epoch=self._set_epoch,
         )
-        self._ingress_address: Address[Delivery] = Address("ingress", limits.ingress_capacity)
+        self._ingress_address: Address[Delivery] = Address(
+            "ingress", limits.ingress_capacity, linger=_INGRESS_LINGER
+        )
         self._ingress = Ingress(
             self.journal,
             feed=self._owner.feed,

@@ -69,14 +69,16 @@ class Actor(Generic[M]):
 class Address(Generic[M]):
     """How others reach an actor. It outlives a restart: what waits in the mailbox waits for the next
     incarnation; the batch in hand at a crash is gone, and every `ask` in it raises ActorDied.
+    `batch_limit` and `linger` are those of `Mailbox.drain`.
     """
 
-    __slots__ = ("_asked", "_batch_limit", "_lost", "mailbox", "name")
+    __slots__ = ("_asked", "_batch_limit", "_linger", "_lost", "mailbox", "name")
 
-    def __init__(self, name: str, capacity: int, *, batch_limit: int | None = None) -> None:
+    def __init__(self, name: str, capacity: int, *, batch_limit: int | None = None, linger: int = 0) -> None:
         self.name = name
         self.mailbox: Mailbox[M] = Mailbox(capacity)
         self._batch_limit = batch_limit
+        self._linger = linger
         self._asked: dict[Promise[Any], int] = {}  # promise -> ticket of its message
         self._lost = 0  # the newest ticket that was in the hands of an incarnation that is gone
 
@@ -123,7 +125,7 @@ class Address(Generic[M]):
             await actor.started()
             while True:
                 try:
-                    batch = await self.mailbox.drain(self._batch_limit)
+                    batch = await self.mailbox.drain(self._batch_limit, linger=self._linger)
                 except MailboxClosed:
                     break
                 await actor.receive(batch)

@@ -122,8 +122,9 @@ class Mailbox(Generic[T]):
             putter.ticket = self._append(putter.item)
             trio.lowlevel.reschedule(task)
 
-    async def drain(self, limit: int | None = None) -> list[T]:
-        """Wait until something is there, then take all of it (at most `limit`), oldest first.
+    async def drain(self, limit: int | None = None, *, linger: int = 0) -> list[T]:
+        """Wait until something is there, then take all of it (at most `limit`), oldest first. With
+        `linger`, wait on for as long as each pass of the scheduler brings more, so many passes at most.
 
         Cancelled: nothing was taken.
 
@@ -138,6 +139,11 @@ class Mailbox(Generic[T]):
             if self._closed:
                 raise MailboxClosed
             await self._readers.park()
+        for _ in range(linger):
+            waiting = len(self._items)
+            await trio.lowlevel.checkpoint()
+            if len(self._items) == waiting:
+                break
         return self.drain_nowait(limit)
 
     def drain_nowait(self, limit: int | None = None) -> list[T]:

@@ -94,7 +94,7 @@ class _Slot:
             return
         self.encoded = encode(response, connection.listener.date, close=self.last, head=self.head)
         if connection.slots[0] is self:
-            connection.write_ready()
+            connection.listener.write_soon(connection)
 
 
 class Connection:
@@ -416,6 +416,8 @@ class Connection:
 
     def write_ready(self) -> None:
         """Write the answers whose turn it is."""
+        if self.closed:
+            return
         slots = self.slots
         ready: list[bytes] = []
         size = 0

@@ -65,6 +65,8 @@ class Listener:
         self._connections: dict[int, Connection] = {}
         self._short_of_room: dict[Connection, None] = {}  # oldest first
         self._waits: deque[Wait] = deque()
+        self._answered: list[Connection] = []
+        self._writer = trio.lowlevel.ParkingLot()
         self._listening = False
         self._drained = trio.Event()
 
@@ -110,6 +112,7 @@ class Listener:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._sweep, epoll, self._socket)
                 nursery.start_soon(self._serve, epoll)
+                nursery.start_soon(self._write)
                 await self._drained.wait()
                 nursery.cancel_scope.cancel()
         finally:
@@ -153,12 +156,28 @@ class Listener:
                     if event & ~select.EPOLLOUT:
                         connection.on_readable()
                 except Exception as error:  # an edge: one connection's trouble must not be all others'
-                    self.statistics.failed += 1
-                    _log.exception("connection given up", exc_info=error)
-                    connection.close()
+                    self._give_up(connection, error)
             # The ingress is full: nothing more is read until what was read has found room there.
             while self._waits:
                 await self._waits.popleft()()
+
+    async def _write(self) -> None:
+        """Answers go out in bursts, a whole flush's at once: one at a time, in between other work, each
+        would wake its reader anew, and to wake it costs more than to send."""
+        while True:
+            answered, self._answered = self._answered, []
+            for connection in answered:
+                try:
+                    connection.write_ready()
+                except Exception as error:  # an edge, as in _serve
+                    self._give_up(connection, error)
+            if not self._answered:
+                await self._writer.park()
+
+    def _give_up(self, connection: Connection, error: Exception) -> None:
+        self.statistics.failed += 1
+        _log.exception("connection given up", exc_info=error)
+        connection.close()
 
     def _listen(self, epoll: select.epoll, listener: socket.socket) -> None:
         epoll.register(listener.fileno(), select.EPOLLIN)
@@ -217,6 +236,12 @@ class Listener:
         wait = self._accept(request, respond)
         if wait is not None:
             self._waits.append(wait)
+
+    def write_soon(self, connection: Connection) -> None:
+        """It has answers whose turn it is."""
+        if not self._answered:
+            self._writer.unpark()
+        self._answered.append(connection)
 
     def watch(self, sock: socket.socket, events: int, *, new: bool = False) -> None:
         """What of this socket is waited for."""

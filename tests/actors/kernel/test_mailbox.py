@@ -76,6 +76,37 @@ async def test_a_drained_batch_costs_one_checkpoint() -> None:
     assert steps.count == 1
 
 
+@pytest.mark.parametrize(("linger", "least", "most"), [(0, 1, 2), (3, 3, 5), (50, 6, 6)])
+async def test_a_lingering_drain_ends_with_a_pass_that_brings_nothing(
+    linger: int, least: int, most: int
+) -> None:
+    mailbox: Mailbox[int] = Mailbox(10)
+    mailbox.put_nowait(0)
+
+    async def put_one_in_each_pass() -> None:
+        for number in range(1, 6):
+            mailbox.put_nowait(number)
+            await trio.lowlevel.checkpoint()
+        for _ in range(3):
+            await trio.lowlevel.checkpoint()
+        mailbox.put_nowait(6)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(put_one_in_each_pass)
+        found = await mailbox.drain(linger=linger)
+    assert found == list(range(len(found)))
+    assert least <= len(found) <= most  # who runs first in a pass is left to chance
+
+
+async def test_a_lingering_drain_that_is_cancelled_took_nothing() -> None:
+    mailbox: Mailbox[str] = Mailbox(10)
+    mailbox.put_nowait("a")
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await mailbox.drain(linger=3)
+    assert mailbox.drain_nowait() == ["a"]
+
+
 async def test_put_and_drain_are_checkpoints() -> None:
     mailbox: Mailbox[int] = Mailbox(1)
     with trio.testing.assert_checkpoints():
