@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 from doubles import MemoryJournal, Rig
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from actors import dispatcher as dispatcher_module
@@ -412,7 +412,6 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     steps=STEPS,
     takes=st.sampled_from([0.0, 0.05, 0.6]),

@@ -6,7 +6,7 @@ import pytest
 import trio
 import trio.testing
 from doubles import Answers, MemoryJournal, delivery, incoming
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.errors import JournalUnavailable
@@ -172,7 +172,6 @@ async def test_what_waits_while_a_commit_runs_goes_into_the_next_one() -> None:
     assert answers.given == [True] * 6
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     bodies=st.lists(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=5), max_size=12),
     max_rows=st.integers(1, 6),

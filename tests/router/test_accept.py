@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 
 import pytest
 import trio
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.kernel import Address
@@ -21,8 +21,6 @@ from router.channels.whatsapp import Splitter
 from router.config import AppConfig
 from router.simulator import payloads, signature
 from router.simulator.payloads import Head
-
-PROPERTY = settings(max_examples=80, deadline=None)
 
 APPS = (
     AppConfig(secret="s1", secret_previous="s0", verify_token="v1"),
@@ -326,7 +324,6 @@ class TestHeaders:
         assert delivery.traceparent is None
         assert delivery.correlation_id != "a" * 32
 
-    @PROPERTY
     @given(st.binary(max_size=40), st.binary(max_size=70))
     def test_no_header_breaks_an_answer(self, correlation: bytes, trace: bytes) -> None:
         async def asked() -> None:

@@ -547,7 +547,7 @@ def attempt(raw: bytes, directory: Path, environ: dict[str, str]) -> None:
         load(directory, raw, environ)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(table=TABLES, environ=ENVIRONMENTS)
 def test_any_table_and_environment_is_read_or_refused(
     tmp_path: Path, table: dict[str, Any], environ: dict[str, str]
@@ -555,7 +555,7 @@ def test_any_table_and_environment_is_read_or_refused(
     attempt(as_toml(table).encode("utf-8", "ignore"), tmp_path, environ)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(raw=st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "replace")))
 def test_any_bytes_are_read_or_refused(tmp_path: Path, raw: bytes) -> None:
     attempt(raw, tmp_path, ENV)
@@ -564,7 +564,7 @@ def test_any_bytes_are_read_or_refused(tmp_path: Path, raw: bytes) -> None:
 SECRETS = st.text(string.ascii_letters + string.digits, min_size=12, max_size=40).map("Zq9".__add__)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     secret=SECRETS, setting=st.sampled_from(["secret_env", "secret", "url", "keywords"]), space=st.booleans()
 )

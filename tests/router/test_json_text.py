@@ -12,12 +12,10 @@ from uuid import UUID
 
 import orjson
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from router.json_text import MAX_NESTING, encode, is_storable, parse, storable
-
-PROPERTY = settings(max_examples=80, deadline=None)
 
 TEXTS = st.one_of(
     st.text(max_size=6),
@@ -100,7 +98,6 @@ class TestParse:
         with pytest.raises(ValueError, match="nested"):
             parse(b'{"a":' * (MAX_NESTING + 1) + b"1" + b"}" * (MAX_NESTING + 1))
 
-    @PROPERTY
     @given(st.binary())
     def test_any_bytes(self, body: bytes) -> None:
         with contextlib.suppress(ValueError):
@@ -108,7 +105,6 @@ class TestParse:
 
 
 class TestWriting:
-    @PROPERTY
     @given(VALUES)
     def test_what_is_stored_loads_and_has_nothing_that_jsonb_refuses(self, value: Any) -> None:
         text = storable(value)
@@ -117,7 +113,6 @@ class TestWriting:
         orjson.loads(text)
         assert is_plain(texts_of(loaded))
 
-    @PROPERTY
     @given(VALUES)
     @example({"a": math.nan})
     @example({"a": "\0"})
@@ -149,12 +144,10 @@ class TestWriting:
     def test_what_it_looks_like(self, value: Any, text: str) -> None:
         assert storable(value) == text
 
-    @PROPERTY
     @given(VALUES)
     def test_what_is_sent_is_json(self, value: Any) -> None:
         json.loads(encode(value), parse_constant=pytest.fail)
 
-    @PROPERTY
     @given(VALUES)
     def test_what_was_read_is_read_again(self, value: Any) -> None:
         once = parse(json.dumps(value).encode())

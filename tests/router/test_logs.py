@@ -334,5 +334,5 @@ def test_importing_configures_nothing_and_costs_no_structlog() -> None:
 @pytest.mark.parametrize("piece", ["1 ", "a.", "x://a:", '"name":"', "\\", "HBg", "token", "a1", "wamid."])
 def test_hostile_text_is_masked_in_linear_time(piece: str) -> None:
     started = time.process_time()
-    mask_text(piece * (300_000 // len(piece)))
-    assert time.process_time() - started < 20
+    mask_text(piece * (100_000 // len(piece)))
+    assert time.process_time() - started < 10

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from router.retry import ATTEMPTS, STANDARD_FIRST_RETRY, Backoff
-
-PROPERTY = settings(max_examples=80, deadline=None)
 
 SHORT, LONG = Backoff(lambda: 0.0), Backoff(lambda: 1.0)
 SECONDS = st.floats(min_value=0, max_value=1e6)
@@ -52,7 +50,6 @@ def test_a_dead_letter_is_due_when_the_service_asked_for_it_at_most_a_day_later(
     assert LONG.first_retry(float("inf")) == 86_400
 
 
-@PROPERTY
 @given(
     st.integers(0, 50),
     SECONDS,

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.messages import Item, Session
@@ -16,8 +16,6 @@ from router.config import RoutingConfig, ServiceConfig, default_services
 from router.domains import EXIT, HOME, KEYWORDS, MENU, fold
 from router.home_menu import HomeMenu, MenuRow, country_of
 from router.routing import Routes
-
-PROPERTY = settings(max_examples=80, deadline=None)
 
 SERVICES = default_services()
 ROWS = (
@@ -369,7 +367,6 @@ ACTION_WORDS = [word for words in (MENU, HOME, EXIT) for listed in words.values(
 
 
 class TestAnything:
-    @PROPERTY
     @given(
         MESSAGES, ACTIVE, st.sampled_from(["menu", "ai_agents"]), st.one_of(st.none(), st.text(max_size=4))
     )
@@ -383,13 +380,11 @@ class TestAnything:
         assert route.reason
         assert route.domain is None or (route.replies == () and not route.leave)
 
-    @PROPERTY
     @given(st.text(max_size=60), ACTIVE)
     def test_every_text_too(self, text: str, active: str | None) -> None:
         route = decide(text, active)
         assert route.domain is None or route.domain in SERVICES
 
-    @PROPERTY
     @given(
         st.sampled_from(ACTION_WORDS),
         st.text(alphabet=" \t\n!?.,;:-", max_size=6),
@@ -404,12 +399,10 @@ class TestAnything:
         assert route.rule in {"menu", "home", "exit"}
         assert route.leave
 
-    @PROPERTY
     @given(st.text(max_size=40))
     def test_folding_twice_changes_nothing(self, text: str) -> None:
         assert fold(fold(text)) == fold(text)
 
-    @PROPERTY
     @given(
         st.sampled_from([w for words in KEYWORDS.values() for listed in words.values() for w in listed]),
         ACTIVE,

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.messages import (
@@ -22,8 +22,6 @@ from router.channels.whatsapp import Splitter
 from router.postgres import rows
 from router.simulator import payloads
 from router.simulator.payloads import Head, Json
-
-PROPERTY = settings(max_examples=80, deadline=None)
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 SPLITTER = Splitter("default", dedup_key=b"k" * 32, is_ours=lambda number: number != "999")
@@ -114,7 +112,6 @@ class TestFlush:
         arguments = rows.flush_arguments([])
         assert arguments == [0, 0, *([[]] * 7)]
 
-    @PROPERTY
     @given(st.lists(st.integers(0, 3), max_size=3))
     def test_every_body_and_every_item_has_a_row(self, counts: list[int]) -> None:
         flush = [delivery(texts(*(str(n) for n in range(count)))) for count in counts]
@@ -280,7 +277,6 @@ class TestCompletions:
         assert (arguments[7] is None) is (letter is not None)
         assert arguments[14:] == ["250", ['{"type":"text"}']]
 
-    @PROPERTY
     @given(st.text())
     def test_text_is_what_postgres_takes(self, value: str) -> None:
         kept = rows.text(value)

@@ -11,7 +11,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.messages import Bucket, Delivery, Incoming, Kind
@@ -28,8 +28,6 @@ from router.channels.whatsapp import (
 from router.json_text import MAX_NESTING, parse
 from router.simulator import payloads, signature
 from router.simulator.payloads import Head, Json
-
-PROPERTY = settings(max_examples=100, deadline=None)
 
 NUMBER, DISPLAY = "106540352242922", "15550783881"
 HEAD = Head("wamid.QQ==", "250788000001", 1_700_000_000)
@@ -125,12 +123,10 @@ class TestSignature:
         signature_is_valid(signature(secret, self.body), self.body, self.secrets)
         assert compared == [len("sha256=") + sha256().digest_size * 2] * 2
 
-    @PROPERTY
     @given(st.one_of(st.binary(), st.text()), st.binary(), st.lists(st.binary(min_size=1), max_size=2))
     def test_any_header_has_an_answer(self, header: str | bytes, body: bytes, secrets: list[bytes]) -> None:
         assert signature_is_valid(header, body, map(AppSecret, secrets)) is False
 
-    @PROPERTY
     @given(st.binary(max_size=200), st.binary())
     def test_it_is_the_hmac_of_the_standard_library(self, secret: bytes, body: bytes) -> None:
         expected = b"sha256=" + hmac.digest(secret, body, "sha256").hex().encode()
@@ -565,7 +561,6 @@ class TestKeys:
         assert one.message_key("1", "a") != other.message_key("1", "a")
         assert one.status_key("a", "sent", "1") == splitter().status_key("a", "sent", "1")
 
-    @PROPERTY
     @given(st.tuples(st.text(), st.text()), st.tuples(st.text(), st.text()))
     def test_message_keys(self, one: tuple[str, str], other: tuple[str, str]) -> None:
         names = [text.replace("\0", "") for text in (*one, *other)]  # an id with NUL has no key
@@ -573,7 +568,6 @@ class TestKeys:
         same = splitter().message_key(*first) == splitter().message_key(*second)
         assert same is (first == second)
 
-    @PROPERTY
     @given(st.text(alphabet="ab1", max_size=3), st.text(alphabet="ab1", max_size=3), st.text(max_size=3))
     def test_a_status_is_no_message(self, message_id: str, name: str, stamp: str) -> None:
         made = splitter()
@@ -683,12 +677,10 @@ def same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 
 
 class TestAnything:
-    @PROPERTY
     @given(st.binary())
     def test_any_bytes_give_items(self, body: bytes) -> None:
         assert len(items(body)) >= 1
 
-    @PROPERTY
     @given(DOCUMENTS)
     def test_any_json_gives_items_that_can_be_stored(self, document: Any) -> None:
         found = items(json.dumps(document).encode())
@@ -701,7 +693,6 @@ class TestAnything:
                 assert text is None or "\0" not in text
                 (text or "").encode()  # no lone surrogate
 
-    @PROPERTY
     @given(DOCUMENTS)
     def test_a_path_leads_back_to_the_same_message(self, document: Any) -> None:
         found = delivery(json.dumps(document).encode())
@@ -714,7 +705,6 @@ class TestAnything:
                 with pytest.raises(LookupError):
                     item_at(parse(found.body) if item.kind is not Kind.BODY else None, item.path)
 
-    @PROPERTY
     @given(DOCUMENTS, st.data())
     def test_without_leaves_exactly_the_others(self, document: Any, data: st.DataObject) -> None:
         found = delivery(json.dumps(document).encode())

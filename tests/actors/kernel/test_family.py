@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 import trio.testing
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.kernel import Family, FamilyStatistics, MailboxClosed, MailboxFull
@@ -238,7 +238,6 @@ async def test_a_family_that_does_not_run_takes_nothing(autojump_clock: trio.tes
         house.family.tell_nowait("y", "1")
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     work=st.sampled_from([0.0, 0.1, 1.0]),
     farewell=st.sampled_from([0.0, 0.1, 1.0, 3.0]),

@@ -365,10 +365,9 @@ class MailboxMachine(RuleBasedStateMachine):
 
 
 TestMailboxMachine = MailboxMachine.TestCase
-TestMailboxMachine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestMailboxMachine.settings = settings(stateful_step_count=30)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     capacity=st.integers(1, 3),
     schedule=st.lists(

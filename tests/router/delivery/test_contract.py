@@ -10,15 +10,13 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from actors.messages import UNCHANGED, Ack, Envelope, Reply, Session, SessionChange
 from actors.ports import Unreadable
 from router.delivery.contract import VERSION, body_of, checked, read_answer
-
-PROPERTY = settings(max_examples=50, deadline=None)
 
 DOCS = Path(__file__).parents[3] / "docs"
 DELIVERY = json.loads((DOCS / "delivery.schema.json").read_text())
@@ -82,7 +80,6 @@ class TestBody:
             assert set(written) == set(schema["properties"]) == set(schema["required"])
         assert DELIVERY["properties"]["version"]["const"] == VERSION
 
-    @PROPERTY
     @given(
         st.builds(
             Envelope,
@@ -236,12 +233,10 @@ class TestAnswer:
         ),
     )
 
-    @PROPERTY
     @given(ANSWERS)
     def test_the_schema_and_the_reader_agree(self, answer: Any) -> None:
         assert isinstance(read(json.dumps(answer).encode()), Ack) is FITS_ANSWER.is_valid(answer)
 
-    @PROPERTY
     @given(st.binary())
     def test_any_bytes_are_read(self, body: bytes) -> None:
         assert isinstance(read(body), Ack | Unreadable)

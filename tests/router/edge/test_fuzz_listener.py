@@ -10,7 +10,7 @@ import re
 
 import pytest
 import trio
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from wire import GONE, Edge, Wire, chunked, get, listening, post, response, until
 
@@ -217,7 +217,7 @@ async def fuzz(seconds: float, seed: int) -> None:
 
 
 async def test_a_few_seconds() -> None:
-    await fuzz(8, seed=1)
+    await fuzz(1.5, seed=1)
 
 
 @pytest.mark.acceptance
@@ -237,7 +237,6 @@ pieces = st.lists(
 )
 
 
-@settings(max_examples=400, deadline=None)
 @given(pieces, st.lists(st.integers(1, 200), max_size=6))
 def test_what_is_seen_is_what_was_framed(parts: list[bytes], cuts: list[int]) -> None:
     data = b"".join(parts)
@@ -259,7 +258,6 @@ def test_what_is_seen_is_what_was_framed(parts: list[bytes], cuts: list[int]) ->
     trio.run(run)
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.sampled_from(SEEDS[:6]), min_size=1, max_size=60), st.lists(st.integers(1, 3_000), max_size=8)
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from router.simulator import Delivery, Ledger, Report, SentItem
@@ -176,7 +176,6 @@ FAULTS: dict[Callable[[Story, str], None], str] = {
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 @given(shape=shapes, phone=st.integers(0, 3), ordinal=st.integers(1, 7))
-@settings(max_examples=30, deadline=None)
 def test_each_single_fault_is_found(
     fault: Callable[[Story, str], None], shape: tuple[int, int, int], phone: int, ordinal: int
 ) -> None:

@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from router.simulator import Delivery, Population, SentItem
@@ -90,7 +90,6 @@ seeds = st.integers(0, 10_000)
 
 
 @given(seeds)
-@settings(max_examples=40, deadline=None)
 def test_a_new_message_is_given_out_only_when_all_earlier_ones_were_answered_200(seed: int) -> None:
     made = world(seed)
     history: dict[str, list[SentItem]] = defaultdict(list)
@@ -109,7 +108,6 @@ def test_a_new_message_is_given_out_only_when_all_earlier_ones_were_answered_200
 
 
 @given(seeds)
-@settings(max_examples=40, deadline=None)
 def test_items_are_what_the_body_says_in_its_order(seed: int) -> None:
     made = world(seed)
     made.run(150)
@@ -120,7 +118,6 @@ def test_items_are_what_the_body_says_in_its_order(seed: int) -> None:
 
 
 @given(seeds)
-@settings(max_examples=40, deadline=None)
 def test_duplicates_repeat_what_was_given_out_before_and_nothing_else_repeats(seed: int) -> None:
     made = world(seed)
     made.run(200)
@@ -246,7 +243,6 @@ def test_what_is_not_answered_200_comes_again_after_growing_pauses() -> None:
 
 
 @given(seeds)
-@settings(max_examples=20, deadline=None)
 def test_once_all_is_well_everything_is_answered_in_the_end(seed: int) -> None:
     made = world(seed)
     made.run(150, failing=0.5)
