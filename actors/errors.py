@@ -5,6 +5,11 @@ class JournalUnavailable(Exception):
     """The database cannot be reached or refuses writes; nothing of this call was stored."""
 
 
+class JournalRefused(JournalUnavailable):
+    """The database is there and refuses what this call holds; nothing of it was stored. A part of it alone
+    may be taken."""
+
+
 class LeaseLost(Exception):
     """Another process delivers now (or this one's epoch is over); nothing of this call was stored."""
 

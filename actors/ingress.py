@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from .errors import JournalUnavailable
+from .errors import JournalRefused, JournalUnavailable
 from .kernel import Actor
 from .messages import Appended, Delivery, Duplicates, Item
 from .ports import Journal
@@ -80,6 +80,12 @@ class Ingress(Actor[Delivery]):
         try:
             stored, duplicates, result = await self._append(flush)
         except JournalUnavailable as error:
+            if isinstance(error, JournalRefused) and len(flush) > 1:
+                # One body's data must not fail the others: halves, until it is alone.
+                middle = len(flush) // 2
+                await self._flush(flush[:middle], unsettled)
+                await self._flush(flush[middle:], unsettled)
+                return
             self._on_refused(error)
             self.statistics.refused += len(flush)
             _settle(unsettled, len(flush), False)

@@ -47,7 +47,7 @@ def main() -> None:
 @main.command()
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(1))
 @click.option(
-    "--seconds", default=8.0, show_default=True, type=click.FloatRange(0.5), help="Length of one load."
+    "--seconds", default=3.0, show_default=True, type=click.FloatRange(0.5), help="Length of one load."
 )
 @click.option(
     "--connections", default="32,128", show_default=True, callback=_numbers, help="Keep-alive connections."
@@ -65,7 +65,7 @@ def ack(
 ) -> None:
     """Durable acks per second and CPU time per ack, beside two references.
 
-    Example: python -m bench ack --rounds 5 --seconds 8
+    Example: python -m bench ack --rounds 5 --seconds 3
     """
     settings = ack_benchmark.AckSettings(rounds=rounds, seconds=seconds, connections=connections)
     if targets:

@@ -35,7 +35,7 @@ class AckSettings:
     """What one call of the benchmark does; times in seconds."""
 
     rounds: int = 5
-    seconds: float = 8.0
+    seconds: float = 3.0
     connections: tuple[int, ...] = (32, 128)
     warm_up_seconds: float = 1.0
     ceiling_seconds: float = 3.0

@@ -46,12 +46,14 @@ class Request:
 
 @dataclass(slots=True)
 class Response:
-    """What an edge writes. `headers` come after content-type and content-length."""
+    """What an edge writes. `fields` are the header fields that come after content-type and
+    content-length, each `name: value` with CRLF at its end.
+    """
 
     status: int
     content_type: bytes
     body: bytes
-    headers: tuple[tuple[bytes, bytes], ...]
+    fields: bytes = b""
 
 
 Respond = Callable[[Response], None]
@@ -131,7 +133,7 @@ class Webhooks:
                 exchange.answer(200, challenge.encode("utf-8", "replace"), TEXT)
         else:
             body = error_body("method_not_allowed", "use GET or POST")
-            exchange.answer(405, body, JSON, ((b"Allow", b"GET, POST"),))
+            exchange.answer(405, body, JSON, b"Allow: GET, POST\r\n")
         return None
 
     def _take(self, app: _App, body: bytes, exchange: _Exchange) -> Callable[[], Awaitable[None]] | None:
@@ -189,16 +191,15 @@ class _Exchange:
         status: int,
         body: bytes,
         content_type: bytes = JSON,
-        more: tuple[tuple[bytes, bytes], ...] = (),
+        more: bytes = b"",
     ) -> None:
-        latency = (time.perf_counter() - self._started) * 1000
-        headers = (
-            (b"X-Request-ID", self.request_id.encode()),
-            (b"X-Correlation-ID", self.correlation_id.encode()),
-            (b"X-WA-Core-Latency", b"%.3f" % latency),
-            *more,
+        fields = b"X-Request-ID: %s\r\nX-Correlation-ID: %s\r\nX-WA-Core-Latency: %.3f\r\n%s" % (
+            self.request_id.encode(),
+            self.correlation_id.encode(),
+            (time.perf_counter() - self._started) * 1000,
+            more,
         )
-        self._respond(Response(status, content_type, body, headers))
+        self._respond(Response(status, content_type, body, fields))
 
     def settle(self, stored: bool) -> None:
         """Answer for the flush."""

@@ -120,7 +120,7 @@ def chunked(*pieces: bytes, headers: bytes = b"", trailers: bytes = b"") -> byte
 
 
 def response(body: bytes = b"{}", status: int = 200) -> Response:
-    return Response(status, JSON, body, ())
+    return Response(status, JSON, body)
 
 
 @dataclass

@@ -18,6 +18,8 @@ MAX_BODY_BYTES = 3_145_728  # Meta's own limit for one webhook body
 MAX_ID_CHARS = 512  # far above any id that Meta sends; ids are keys of btree indexes
 
 _NOTHING: Mapping[str, Any] = {}
+_RARE_IN_MESSAGE = frozenset({"from_user_id", "from_parent_user_id", "group_id"})
+_RARE_IN_CONTACT = frozenset({"user_id", "parent_user_id"})
 _MESSAGE = Kind.MESSAGE  # looked up once: an enum's members are slow to reach in Python 3.11
 
 # Where a status stands on its way; it only moves forward. `deleted` and `played` are ends of their own.
@@ -169,11 +171,9 @@ class Splitter:
     ) -> Incoming:
         if not isinstance(message, dict):
             return self._bucketed(Kind.MESSAGE, path, Bucket.MALFORMED, "not_an_object", number)
-        message_id = _text(message, "id")
+        message_id = _name(message, "id")
         if message_id is None:
-            wrong = wrong or "no_id"
-        elif not _storable(message_id):
-            message_id, wrong = None, wrong or "unstorable_id"
+            wrong = wrong or ("no_id" if _text(message, "id") is None else "unstorable_id")
         if wrong is not None or number is None or message_id is None:
             item = self._bucketed(Kind.MESSAGE, path, Bucket.MALFORMED, wrong, number)
             item.message_id = message_id
@@ -325,6 +325,8 @@ def _cut_change(change: Any, path: str, paths: set[str]) -> Any:
 class _Contacts:
     """The contacts of one change, by what they are known by: a body may have a thousand."""
 
+    __slots__ = ("_listed", "_positions")
+
     def __init__(self, contacts: Any) -> None:
         self._listed: list[Any] = contacts if isinstance(contacts, list) else []
         self._positions: dict[tuple[str, str], int] | None = None
@@ -363,6 +365,8 @@ def _names(
     """(wa_id, user_id, names). A group is one conversation whoever writes in it."""
     found = contact if contact is not None else _NOTHING
     wa_id = _name(message, "from") or _name(found, "wa_id")
+    if _RARE_IN_MESSAGE.isdisjoint(message) and _RARE_IN_CONTACT.isdisjoint(found):
+        return wa_id, None, () if wa_id is None else (wa_id,)
     user_id = (
         _name(message, "from_user_id")
         or _name(found, "user_id")

@@ -61,8 +61,9 @@ def webhook_blueprint(router: Router) -> Blueprint:
         await answered.wait()
         [answer] = answers
         response = _response(answer.status, answer.body, answer.content_type.decode())
-        for header, content in answer.headers:
-            response.headers[header.decode()] = content.decode("latin-1")
+        for field in answer.fields.decode("latin-1").splitlines():
+            name, _, value = field.partition(": ")
+            response.headers[name] = value
         return response
 
     for number, path in enumerate(router.webhooks.paths):

@@ -8,7 +8,6 @@ import select
 import socket
 import time
 from collections import deque
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import httptools
@@ -63,14 +62,13 @@ _SPELLINGS = {
 
 def encode(response: Response, date: bytes, *, close: bool, head: bool = False) -> bytes:
     """The bytes of a response; `head` leaves the body out."""
-    fields = b"%s: %s\r\n" * len(response.headers) % tuple(chain.from_iterable(response.headers))
     return b"HTTP/1.1 %d %s\r\nContent-Type: %s\r\nContent-Length: %d\r\nDate: %s\r\n%s%s\r\n%s" % (
         response.status,
         REASONS.get(response.status, b"Unknown"),
         response.content_type,
         len(response.body),
         date,
-        fields,
+        response.fields,
         b"Connection: close\r\n" if close else b"",
         b"" if head else response.body,
     )
@@ -274,7 +272,7 @@ class Connection:
 
     def _refuse(self, status: int, code: str, detail: str) -> None:
         if self._refusal is None:
-            response = Response(status, JSON, error_body(code, detail), ())
+            response = Response(status, JSON, error_body(code, detail))
             self._refusal = encode(response, self.listener.date, close=True)
 
     # What the listener calls
@@ -396,7 +394,7 @@ class Connection:
         self.listener.statistics.timed_out += 1
         if self._in_message and not self.slots and not self._out and self._refusal is None:
             body = error_body("request_timeout", "the request took too long to arrive")
-            self._send(encode(Response(408, JSON, body, ()), self.listener.date, close=True))
+            self._send(encode(Response(408, JSON, body), self.listener.date, close=True))
         self.close()
 
     def close(self) -> None:

@@ -207,7 +207,7 @@ class Listener:
     def _refuse(self, sock: socket.socket) -> None:
         self.statistics.refused += 1
         body = error_body("too_many_connections", "try again later")
-        response = Response(503, JSON, body, ((b"Retry-After", b"1"),))
+        response = Response(503, JSON, body, b"Retry-After: 1\r\n")
         with contextlib.suppress(OSError):
             sock.send(encode(response, self.date, close=True))
         sock.close()

@@ -8,15 +8,18 @@ from contextlib import contextmanager
 
 import asyncpg
 
-from actors.errors import JournalUnavailable, LeaseLost
+from actors.errors import JournalRefused, JournalUnavailable, LeaseLost
 
 FLUSH_GIVEN_UP = "PR001"  # raised by postroom_append
 EPOCH_OVER = "PR002"  # raised by postroom_require_epoch
+_OF_THE_DATA = ("22", "23", "54")  # SQLSTATE classes: data exception, constraint, program limit
 
 # Connection gone, timed out, refused, shut down, out of room, read-only after a failover, not made yet.
 TRANSIENT = (
     asyncpg.PostgresConnectionError,
     asyncpg.InterfaceError,
+    # The server's last words came while nothing was asked, and its end of the connection has not yet.
+    asyncpg.InternalClientError,
     asyncpg.OperatorInterventionError,
     asyncpg.InsufficientResourcesError,
     asyncpg.ReadOnlySQLTransactionError,
@@ -38,12 +41,14 @@ def describe(error: BaseException) -> str:
 
 @contextmanager
 def translated(what: str) -> Iterator[None]:
-    """Raise JournalUnavailable or LeaseLost for what the server or the connection raised."""
+    """Raise JournalUnavailable, JournalRefused or LeaseLost for what the server or the connection raised."""
     try:
         yield
     except asyncpg.PostgresError as error:
         if error.sqlstate == EPOCH_OVER:
             raise LeaseLost(str(error)) from None
-        raise JournalUnavailable(f"{what}: {describe(error)}") from error
+        refused = (error.sqlstate or "").startswith(_OF_THE_DATA)
+        kind = JournalRefused if refused else JournalUnavailable
+        raise kind(f"{what}: {describe(error)}") from error
     except TRANSIENT as error:
         raise JournalUnavailable(f"{what}: {describe(error)}") from error

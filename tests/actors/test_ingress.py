@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import trio
 import trio.testing
@@ -9,10 +11,10 @@ from doubles import Answers, MemoryJournal, delivery, incoming
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.errors import JournalUnavailable
+from actors.errors import JournalRefused, JournalUnavailable
 from actors.ingress import Ingress
 from actors.kernel import Address
-from actors.messages import Delivery, Item
+from actors.messages import Appended, Delivery, Duplicates, Item
 
 
 class Edge:
@@ -97,6 +99,30 @@ async def test_an_unavailable_journal_refuses_its_flush_and_no_other() -> None:
     assert answers.given == [False, True]
     assert len(edge.refused) == edge.ingress.statistics.refused == 1
     assert [item.message_id for item in edge.journal.items if item] == ["wamid.b"]
+
+
+@pytest.mark.parametrize("bad", [{"c"}, {"a", "g"}, set("abcdefg")])
+async def test_what_the_database_refuses_is_refused_alone(bad: set[str]) -> None:
+    class Picky(MemoryJournal):
+        async def append(
+            self, deliveries: Sequence[Delivery], *, duplicates: int
+        ) -> Appended | Duplicates | None:
+            if bad & {item.path for one in deliveries for item in one.items}:
+                raise JournalRefused("append")
+            return await super().append(deliveries, duplicates=duplicates)
+
+    edge = Edge()
+    edge.journal = edge.ingress._journal = Picky()
+    answers = {name: Answers() for name in "abcdefg"}
+    batch = [delivery(incoming(name), incoming(name.upper()), answers=one) for name, one in answers.items()]
+    for one, name in zip(batch, answers, strict=True):
+        one.items[0].path = name
+    await edge.ingress.receive(batch)
+    assert {name for name, one in answers.items() if one.given == [False]} == bad
+    assert {name for name, one in answers.items() if one.given == [True]} == set(answers) - bad
+    assert edge.ingress.statistics.refused == len(edge.refused) == len(bad)
+    kept = [item.message_id for item in edge.journal.items if item]
+    assert kept == [f"wamid.{one}" for name in "abcdefg" if name not in bad for one in (name, name.upper())]
 
 
 async def test_a_commit_found_after_doubt_is_answered_and_looked_for() -> None:

@@ -77,8 +77,10 @@ class Edge:
 
 def headers_of(answer: Response | None) -> dict[str, str]:
     assert answer is not None
-    made = {name.decode().lower(): value.decode() for name, value in answer.headers}
-    assert len(made) == len(answer.headers)
+    lines = answer.fields.decode().split("\r\n")
+    assert lines.pop() == ""
+    made = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+    assert len(made) == len(lines)
     return made
 
 
@@ -328,9 +330,7 @@ class TestHeaders:
     def test_no_header_breaks_an_answer(self, correlation: bytes, trace: bytes) -> None:
         async def asked() -> None:
             for answer in (await every_answer(x_correlation_id=correlation, traceparent=trace)).values():
-                for name, value in answer.headers:
-                    assert re.fullmatch(rb"[A-Za-z-]+", name)
-                    assert re.fullmatch(rb"[\x21-\x7e, ]+", value)
+                assert re.fullmatch(rb"([A-Za-z-]+: [\x21-\x7e, ]+\r\n)+", answer.fields)
 
         trio.run(asked)
 

@@ -17,7 +17,7 @@ import trio
 from contracts.journal_contract import NUMBER, body, done, message
 from postgres_kit import Database, ManualClock, database, database_dsn, server
 
-from actors.errors import JournalUnavailable, LeaseLost
+from actors.errors import JournalRefused, JournalUnavailable, LeaseLost
 from actors.messages import Appended, Completion, DeadLetter, Delivery, Duplicates, Item, Place, Session
 from router.channels.whatsapp import Splitter
 from router.conservation import recount
@@ -150,6 +150,15 @@ class TestInDoubt:
             await journal.append([body(message("a secret text"))], duplicates=0)
         assert "secret" not in str(raised.value)
         await database.fetch("ALTER TABLE moved RENAME TO wa_events")
+        assert (await appended(journal, body(message("a")))).first_seq == 1
+
+    async def test_data_that_the_database_refuses_is_told_from_a_database_that_is_away(
+        self, journal: PostgresJournal, database: Database
+    ) -> None:
+        await database.fetch("ALTER TABLE whatsapp_messages_items ADD CHECK (message_id <> 'wamid.secret')")
+        with pytest.raises(JournalRefused) as raised:
+            await journal.append([body(message("a")), body(message("secret"))], duplicates=0)
+        assert "secret" not in str(raised.value)
         assert (await appended(journal, body(message("a")))).first_seq == 1
 
 
