@@ -67,7 +67,8 @@ def mutated(rng: random.Random) -> bytes:
 
 def framed_requests(data: bytes) -> list[Framed]:
     """(method, target, body) of the requests at the start of `data`, by the letter of RFC 9112 and one
-    framing rule; ends at the first that is not so. Shares nothing with the listener.
+    framing rule; ends at the first that is not so. Several spaces count as one in a request line, which
+    the RFC allows (section 3) and llhttp does. Shares nothing with the listener.
     """
     found: list[Framed] = []
     while True:
@@ -76,7 +77,7 @@ def framed_requests(data: bytes) -> list[Framed]:
         if not separator:
             return found
         line, *fields = head.split(b"\r\n")
-        start = re.fullmatch(rb"([A-Z-]+) +([^\s]+) (?:HTTP|RTSP|ICE)/1\.([01])", line)
+        start = re.fullmatch(rb"([A-Z-]+) +([^\s]+) +(?:HTTP|RTSP|ICE)/1\.([01])", line)
         if start is None:
             return found
         headers: dict[bytes, list[bytes]] = {}
