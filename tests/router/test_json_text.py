@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -181,7 +182,7 @@ class TestStorable:
             json.loads(nested(300)),
             circle(),
         ],
-        ids=repr,
+        ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", repr(value)),
     )
     def test_what_would_come_back_as_something_else_is_refused(self, value: Any) -> None:
         assert not is_storable(value)

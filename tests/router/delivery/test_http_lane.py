@@ -369,6 +369,7 @@ class TestAnswers:
             ("soon", None),
             ("", None),
         ],
+        ids=["seconds", "zero", "a date to come", "a date gone by", "a word", "nothing"],
     )
     async def test_retry_after(self, status: int, value: str, after: float | None) -> None:
         answer = ok(b"", b"retry-AFTER: " + value.encode(), status=b"%d X" % status)
