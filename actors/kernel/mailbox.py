@@ -1,4 +1,6 @@
-"""A bounded queue with one reader that drains it: one checkpoint per batch, not per message."""
+"""A bounded queue that is drained: one checkpoint per batch, not per message. An actor is its only reader;
+the lanes of a service are several.
+"""
 
 from __future__ import annotations
 

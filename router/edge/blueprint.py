@@ -61,7 +61,7 @@ def webhook_blueprint(router: Router) -> Blueprint:
         await answered.wait()
         [answer] = answers
         response = _response(answer.status, answer.body, answer.content_type.decode())
-        for field in answer.fields.decode("latin-1").splitlines():
+        for field in answer.fields.decode("ascii").split("\r\n")[:-1]:
             name, _, value = field.partition(": ")
             response.headers[name] = value
         return response

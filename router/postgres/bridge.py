@@ -50,10 +50,8 @@ class Bridge:
             running = self._loop.create_task(work())
 
         def cancel() -> None:
-            if not begun:
-                self._loop.call_soon(
-                    cancel
-                )  # a task cancelled before its first step never runs, nor ends here
+            if not begun:  # a task that is cancelled before its first step never runs, nor ends here
+                self._loop.call_soon(cancel)
             elif running is not None and not ended:
                 running.cancel()
 

@@ -111,6 +111,25 @@ async def test_a_lingering_drain_that_is_cancelled_took_nothing() -> None:
     assert mailbox.drain_nowait() == ["a"]
 
 
+async def test_each_message_wakes_a_reader_of_its_own() -> None:
+    mailbox: Mailbox[str] = Mailbox(10)
+    taken: list[list[str]] = []
+
+    async def lane() -> None:
+        taken.append(await mailbox.drain(1))
+        await trio.sleep_forever()
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(lane)
+        await trio.testing.wait_all_tasks_blocked()
+        mailbox.put_nowait("a")
+        mailbox.put_nowait("b")
+        await trio.testing.wait_all_tasks_blocked()
+        assert sorted(taken) == [["a"], ["b"]]
+        nursery.cancel_scope.cancel()
+
+
 async def test_put_and_drain_are_checkpoints() -> None:
     mailbox: Mailbox[int] = Mailbox(1)
     with trio.testing.assert_checkpoints():

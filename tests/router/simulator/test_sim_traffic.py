@@ -89,7 +89,7 @@ async def run(router: Router, phones: Population, **more: Any) -> int:
 
 
 @pytest.mark.parametrize("failing", [0.0, 0.4])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(5))
 async def test_everything_is_answered_and_the_ledger_agrees(
     seed: int, failing: float, autojump_clock: trio.testing.MockClock
 ) -> None:
