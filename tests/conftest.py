@@ -1,13 +1,30 @@
-"""How thorough the property tests are: quick at a desk, thorough in CI (and with
-`--hypothesis-profile=thorough`).
+"""What a run of the tests is: how thorough its property tests are, which rounds it leaves out, and how many
+processes share it.
 """
 
 from __future__ import annotations
 
 import os
 
+import pytest
 from hypothesis import settings
 
-settings.register_profile("quick", max_examples=20, deadline=None)
+# Quick at a desk, thorough in CI (and with --hypothesis-profile=thorough).
+settings.register_profile("quick", max_examples=10, deadline=None)
 settings.register_profile("thorough", max_examples=200, deadline=None)
 settings.load_profile("thorough" if os.environ.get("CI") == "true" else "quick")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Full fault rounds run only where `-m` speaks of them: `-m "not postgres"` must not begin one."""
+    if "acceptance" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("acceptance")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """The part without Postgres is shared by three processes, one more than the smallest machine has cores:
+    many of its tests wait for a deadline. Whatever kills and measures a database has the machine for itself.
+    """
+    return 3 if "not postgres" in config.option.markexpr else 0

@@ -33,12 +33,13 @@ def modules() -> dict[str, Path]:
     return {module_of(file): file for file in sources(*PACKAGES)}
 
 
-def imports_of(file: Path) -> set[str]:
+@cache
+def imports_of(file: Path) -> frozenset[str]:
     """The modules that a file imports when it runs, also inside functions; not those under TYPE_CHECKING.
 
     `from package import name` is an import of `package.name` where that is a module.
     """
-    return set(_imports(tree_of(file), file))
+    return frozenset(_imports(tree_of(file), file))
 
 
 def _imports(node: ast.AST, file: Path) -> Iterator[str]:

@@ -150,6 +150,16 @@ def test_no_module_is_in_an_import_circle() -> None:
     list(TopologicalSorter(graph).static_order())  # CycleError names the circle
 
 
+def test_a_host_that_imports_us_pays_for_no_library_of_the_commands_and_keeps_its_own_logging() -> None:
+    script = (
+        "import logging, sys, router, router.config_rules, router.observe.logs as logs;"
+        "logs.get_logger('x').info('y');"
+        "print(sys.modules.keys() & {'pydantic', 'structlog'}, logging.getLogger().handlers)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout == "set() []\n"
+
+
 def test_the_packages_import_neither_tests_nor_bench() -> None:
     for file in sources(*PACKAGES):
         assert not {name.split(".")[0] for name in imports_of(file)} & {"tests", "bench"}, module_of(file)
@@ -195,7 +205,7 @@ def test_the_top_level_is_fixed() -> None:
 
 def test_every_file_opens_by_saying_what_belongs_in_it() -> None:
     for file in sources("actors", "router", "bench", "tests"):
-        assert ast.get_docstring(tree_of(file)), file.relative_to(ROOT)
+        assert re.match(r'(#!.*\n)?"""[^"\s]', file.read_text(encoding="utf-8")), file.relative_to(ROOT)
 
 
 def test_the_packages_neither_print_nor_block_nor_leave_things_to_do() -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from unittest import mock
 
 import trio
+import trio.testing
 
 from router.accept import JSON, Request, Respond, Response
 from router.config import LimitsConfig
@@ -176,12 +177,12 @@ class Edge:
 async def until(condition: Callable[[], bool]) -> None:
     with trio.fail_after(GUARD):
         while not condition():  # noqa: ASYNC110  # what is waited for has no event
-            await trio.sleep(0.002)
+            await trio.sleep(0.0005)
 
 
 async def settled() -> None:
-    """Long enough for anything that is going to happen on loopback to have happened."""
-    await trio.sleep(0.08)
+    """Whatever was going to happen by itself has happened: both sides run in this loop, and it is idle."""
+    await trio.testing.wait_all_tasks_blocked(0.01)
 
 
 Accept = Callable[[Request, Respond], Callable[[], Awaitable[None]] | None]

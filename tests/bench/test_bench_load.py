@@ -113,22 +113,22 @@ def test_a_request_without_answer_counts_with_the_wait_it_had(mode):
         return OK
 
     with stub_server(hold_the_last) as port:
-        chosen = spec(port, mode=mode, rate=1_000.0, requests=10, seconds=0.05, drain_seconds=0.2)
+        chosen = spec(port, mode=mode, rate=1_000.0, requests=10, seconds=0.05, drain_seconds=0.1)
         result = run_load(chosen, build_requests(chosen))
         released.set()
     assert (result.ok, result.unanswered) == (9, 1)
-    assert result.latency_ms["max"] >= 190
+    assert result.latency_ms["max"] >= 90
 
 
 def test_open_loop_keeps_its_schedule():
     with stub_server(lambda n: OK) as port:
-        result = load(port, mode="open", rate=400.0, seconds=0.25, requests=1_000)
-    assert result.sent == result.ok == 100
-    assert 0.24 < result.seconds < 1.0
+        result = load(port, mode="open", rate=400.0, seconds=0.1, requests=1_000)
+    assert result.sent == result.ok == 40
+    assert 0.09 < result.seconds < 1.0
 
 
 def test_a_stall_shows_in_every_request_that_was_due_meanwhile():
-    stall_seconds, rate = 0.3, 500.0
+    stall_seconds, rate = 0.15, 500.0
     nothing = threading.Event()
 
     def stall_once(number: int) -> bytes:
@@ -137,14 +137,14 @@ def test_a_stall_shows_in_every_request_that_was_due_meanwhile():
         return OK
 
     with stub_server(stall_once) as port:
-        chosen = spec(port, mode="open", rate=rate, seconds=0.5, requests=250)
+        chosen = spec(port, mode="open", rate=rate, seconds=0.25, requests=125)
         requests = build_requests(chosen)
         generator = Generator(("127.0.0.1", port), 2, requests)
-        generator.open_loop(rate, 0.5, 5.0)
+        generator.open_loop(rate, 0.25, 5.0)
         generator.close()
     # Two connections: a clock started at the send would have shown the stall in two requests only.
     slow = [latency for latency in generator.latencies if latency > stall_seconds / 2]
-    assert len(generator.latencies) == 250
+    assert len(generator.latencies) == 125
     assert len(slow) >= 0.8 * rate * stall_seconds / 2
     assert generator.queued >= 0.8 * rate * stall_seconds
     assert max(slow) >= stall_seconds * 0.9

@@ -2,6 +2,7 @@
 
 import socket
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from bench.payloads import Population, request_bytes
 from bench.rounds import measure_closed
 from bench.targets import FASTAPI, FASTAPI_BARE, QUART, QUART_HELLO, SECRET, running
 
-pytest.importorskip("fastapi", reason="the bench extra is not installed")
-pytestmark = pytest.mark.postgres
+pytestmark = [
+    pytest.mark.postgres,
+    pytest.mark.skipif(find_spec("fastapi") is None, reason="the bench extra is not installed"),
+]
 
 
 @pytest.fixture

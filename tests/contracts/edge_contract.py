@@ -16,7 +16,7 @@ from typing import Any
 
 import trio
 from doubles import MemoryJournal
-from wire import GONE, Answer, Wire, connected, get, post, until
+from wire import GONE, Answer, Wire, connected, get, post, settled, until
 
 from actors.errors import JournalUnavailable
 from actors.ingress import Ingress
@@ -34,7 +34,7 @@ APPS = (
     AppConfig(name="second", secret="s2", verify_token="v2"),
 )
 MAX_BODY = 3_145_728
-IDLE_MS = 400  # what edges are to be configured with
+IDLE_MS = 200  # what edges are to be configured with
 ACCEPTED = b'{"status":"accepted"}'
 TRACE = b"00-" + b"a" * 32 + b"-" + b"b" * 16 + b"-01"
 
@@ -158,7 +158,7 @@ async def the_answer_comes_after_the_commit(world: World) -> None:
     world.journal.gate = trio.Event()
     async with world.connect() as wire:
         await wire.send(signed(message()))
-        with trio.move_on_after(0.1) as waited:
+        with trio.move_on_after(0.05) as waited:
             await wire.stream.receive_some(1)
         assert waited.cancelled_caught
         world.journal.gate.set()
@@ -284,12 +284,12 @@ def _chunked(body: bytes, size: int) -> bytes:
 
 async def one_connection_carries_many_requests(world: World) -> None:
     async with world.connect() as wire:
-        for number in range(50):
+        for number in range(20):
             await wire.send(signed(message(str(number))))
             assert (await wire.answer()).status == 200
             await wire.send(post(b"not signed", path=PATH))
             assert (await wire.answer()).status == 401
-    assert len(world.journal.bodies) == 50
+    assert len(world.journal.bodies) == 20
 
 
 async def duplicates_are_accepted_and_stored_once(world: World) -> None:
@@ -309,10 +309,10 @@ async def what_a_sender_sent_before_it_left_is_stored(world: World) -> None:
     world.journal.gate = trio.Event()
     async with world.connect() as wire:
         await wire.send(signed(message("first")))
-        await trio.sleep(0.1)
+        await settled()
     async with world.connect() as wire:
         await wire.send(signed(message("second")))
-    await trio.sleep(0.1)
+    await settled()
     world.journal.gate.set()
     await until(lambda: sorted(world.journal.bodies) == sorted([message("first"), message("second")]))
     assert (await ask(world, signed(message("third")))).status == 200
@@ -321,7 +321,7 @@ async def what_a_sender_sent_before_it_left_is_stored(world: World) -> None:
 async def what_it_did_not_finish_is_not(world: World) -> None:
     async with world.connect() as wire:
         await wire.send(signed(message())[:-1])
-    await trio.sleep(0.1)
+    await settled()
     assert world.journal.bodies == []
 
 

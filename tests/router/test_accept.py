@@ -106,19 +106,18 @@ class TestEveryRoute:
             b"\xff\xfe",
         ],
     )
-    @pytest.mark.parametrize("body", [BODY, b"", b"{", b"[" * 100_000, b"\xff"])
     async def test_what_is_unsigned_or_wrongly_signed_is_refused_before_it_is_read(
-        self, path: str, header: str | bytes | None, body: bytes, monkeypatch: pytest.MonkeyPatch
+        self, path: str, header: str | bytes | None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(Splitter, "delivery", lambda *args, **more: pytest.fail("it was parsed"))
         edge = Edge(capacity=1)
-        if header == signature("s1", BODY + b" "):
-            header = signature("s1", body + b" ")
-        answer = await edge.ask(path=path, body=body, x_hub_signature_256=header)
-        assert answer is not None
-        assert answer.status == 401
-        assert answer.body == b'{"error":"invalid_signature"}'
-        assert answer.content_type == b"application/json"
+        for body in (BODY, b"", b"{", b"[" * 100_000, b"\xff"):
+            longer = signature("s1", body + b" ") if header == signature("s1", BODY + b" ") else header
+            answer = await edge.ask(path=path, body=body, x_hub_signature_256=longer)
+            assert answer is not None
+            assert answer.status == 401
+            assert answer.body == b'{"error":"invalid_signature"}'
+            assert answer.content_type == b"application/json"
         assert edge.ingress.mailbox.put_count == 0
 
     @pytest.mark.parametrize(("path", "secret"), [(PATHS[0], "s2"), (PATHS[1], "s1"), (PATHS[1], "s0")])

@@ -7,8 +7,6 @@ import io
 import json
 import logging
 import re
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -128,9 +126,9 @@ def test_any_event_can_be_written_as_json(event: dict[str, Any]) -> None:
         "message",
     ],
 )
-@pytest.mark.parametrize("value", ["Aline", 7_654_321, b"Aline", {"first": "Aline"}, ["Aline"]])
-def test_these_values_are_replaced_whole(key: str, value: object) -> None:
-    assert mask({key: value}) == {key: MASKED}
+def test_these_values_are_replaced_whole(key: str) -> None:
+    for value in ("Aline", 7_654_321, b"Aline", {"first": "Aline"}, ["Aline"]):
+        assert mask({key: value}) == {key: MASKED}
 
 
 def wamid(phone: str) -> str:
@@ -323,16 +321,8 @@ def test_console_logs_are_one_readable_line() -> None:
     assert re.search(r"\[info +\] accepted .*rows=3", line)
 
 
-def test_importing_configures_nothing_and_costs_no_structlog() -> None:
-    script = (
-        "import sys, logging, router.observe.logs as logs; logs.get_logger('x').info('y');"
-        "sys.exit('structlog' in sys.modules or bool(logging.getLogger().handlers))"
-    )
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
-
-
 @pytest.mark.parametrize("piece", ["1 ", "a.", "x://a:", '"name":"', "\\", "HBg", "token", "a1", "wamid."])
 def test_hostile_text_is_masked_in_linear_time(piece: str) -> None:
     started = time.process_time()
-    mask_text(piece * (100_000 // len(piece)))
-    assert time.process_time() - started < 10
+    mask_text(piece * (20_000 // len(piece)))
+    assert time.process_time() - started < 1

@@ -218,7 +218,7 @@ async def fuzz(seconds: float, seed: int) -> None:
 
 
 async def test_a_few_seconds() -> None:
-    await fuzz(8 if settings().max_examples >= 200 else 1.5, seed=1)
+    await fuzz(8 if settings().max_examples >= 200 else 0.5, seed=1)
 
 
 @pytest.mark.acceptance

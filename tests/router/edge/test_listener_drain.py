@@ -96,7 +96,7 @@ async def test_a_half_read_request_behind_one_that_waits() -> None:
 
 
 async def test_one_that_is_never_finished_has_its_deadline() -> None:
-    async with listening(read_timeout_ms=150) as edge, edge.connect() as wire:
+    async with listening(read_timeout_ms=60) as edge, edge.connect() as wire:
         await wire.send(post()[:-1])
         await settled()
         edge.listener.drain()

@@ -157,7 +157,7 @@ class TestDeadlines:
         ids=["request line", "head", "body", "last chunk", "no body"],
     )
     async def test_a_slow_request(self, half: bytes) -> None:
-        async with listening(read_timeout_ms=150) as edge, edge.connect() as wire:
+        async with listening(read_timeout_ms=40) as edge, edge.connect() as wire:
             await wire.send(half)
             answer = await wire.answer()
             assert (answer.status, answer.closes) == (408, True)
@@ -166,7 +166,7 @@ class TestDeadlines:
             assert edge.listener.statistics.timed_out == 1
 
     async def test_it_is_for_the_whole_request_not_for_each_read(self) -> None:
-        async with listening(read_timeout_ms=200) as edge, edge.connect() as wire:
+        async with listening(read_timeout_ms=80) as edge, edge.connect() as wire:
             started = trio.current_time()
             await wire.send(b"GET /")
             with pytest.raises(GONE):  # noqa: PT012
@@ -177,7 +177,7 @@ class TestDeadlines:
             assert edge.taker.seen == []
 
     async def test_idle(self) -> None:
-        async with listening(idle_timeout_ms=150) as edge:
+        async with listening(idle_timeout_ms=40) as edge:
             async with edge.connect() as fresh, edge.connect() as used:
                 await used.send(get())
                 await used.answer()
@@ -186,30 +186,30 @@ class TestDeadlines:
             assert edge.listener.statistics.timed_out == 2
 
     async def test_empty_lines_are_idle(self) -> None:
-        async with listening(idle_timeout_ms=150) as edge, edge.connect() as wire, trio.open_nursery() as n:
+        async with listening(idle_timeout_ms=40) as edge, edge.connect() as wire, trio.open_nursery() as n:
             n.start_soon(_send_what_is_taken, wire, *[b"\r\n"] * 100)
             await wire.gone()
 
     async def test_an_answer_that_takes_long_is_neither(self) -> None:
-        async with listening(idle_timeout_ms=60, read_timeout_ms=60) as edge, edge.connect() as wire:
+        async with listening(idle_timeout_ms=40, read_timeout_ms=40) as edge, edge.connect() as wire:
             edge.taker.hold = True
             await wire.send(get())
             await edge.seen(1)
-            await trio.sleep(0.25)
+            await trio.sleep(0.1)
             edge.taker.held.pop()(response())
             assert (await wire.answer()).status == 200
 
     async def test_a_refusal_that_waits_for_slow_answers_is_neither(self) -> None:
-        async with listening(idle_timeout_ms=60, read_timeout_ms=60) as edge, edge.connect() as wire:
+        async with listening(idle_timeout_ms=40, read_timeout_ms=40) as edge, edge.connect() as wire:
             edge.taker.hold = True
             await wire.send(get(), get()[:-2] + b"Host: again\r\n\r\n")
             await edge.seen(1)
-            await trio.sleep(0.25)
+            await trio.sleep(0.1)
             edge.taker.held.pop()(response())
             assert [(await wire.answer()).status for _ in range(2)] == [200, 400]
 
     async def test_a_sender_that_never_reads(self) -> None:
-        async with listening(write_timeout_ms=200) as edge, edge.connect(receive_buffer=4_096) as wire:
+        async with listening(write_timeout_ms=100) as edge, edge.connect(receive_buffer=4_096) as wire:
             edge.taker.body = b"x" * 20_000_000
             await wire.send(get())
             await until(lambda: edge.listener.statistics.timed_out == 1)
@@ -217,7 +217,7 @@ class TestDeadlines:
             await wire.gone()
 
     async def test_a_sender_that_never_reads_but_goes_on_asking(self) -> None:
-        async with listening(write_timeout_ms=200) as edge, edge.connect(receive_buffer=4_096) as wire:
+        async with listening(write_timeout_ms=100) as edge, edge.connect(receive_buffer=4_096) as wire:
             edge.taker.body = b"x" * 400_000
             with trio.move_on_after(10) as asking, pytest.raises(GONE):  # noqa: PT012
                 while True:
@@ -228,11 +228,11 @@ class TestDeadlines:
             assert edge.listener.statistics.timed_out == 1
 
     async def test_a_sender_that_reads_slowly_gets_all_of_it(self) -> None:
-        async with listening(write_timeout_ms=500) as edge, edge.connect() as wire:
+        async with listening(write_timeout_ms=200) as edge, edge.connect() as wire:
             edge.taker.body = bytes(12_000_000)
             await wire.send(get(), post()[:-1])
             for _ in range(8):
-                await trio.sleep(0.08)
+                await trio.sleep(0.035)
                 wire.received += await wire.stream.receive_some(1_000_000)
             assert len((await wire.answer()).body) == 12_000_000
             edge.taker.body = None
@@ -304,7 +304,7 @@ class TestBodyBytesInFlight:
 
     async def test_reading_pauses_until_there_is_room(self) -> None:
         async with (
-            listening(body_bytes_in_flight=1_000, body_max_bytes=1_000, read_timeout_ms=300) as edge,
+            listening(body_bytes_in_flight=1_000, body_max_bytes=1_000, read_timeout_ms=60) as edge,
             edge.connect() as first,
             edge.connect() as second,
         ):
@@ -312,7 +312,7 @@ class TestBodyBytesInFlight:
             await first.send(post(b"x" * 900))
             await edge.seen(1)
             await second.send(post(b"", b"Expect: 100-continue", length=b"900"))
-            with trio.move_on_after(0.5) as waited:  # longer than its read deadline: it is ours to wait
+            with trio.move_on_after(0.12) as waited:  # longer than its read deadline: it is ours to wait
                 await second.stream.receive_some(1)
             assert waited.cancelled_caught
             assert edge.in_flight == 900
@@ -403,13 +403,13 @@ class TestAFullIngress:
     async def test_nobody_waits_longer_than_the_one_before(self) -> None:
         ingress: Address[Delivery] = Address("ingress", 1)
         webhooks = Webhooks(self.APPS, ingress, dedup_key=lambda: b"k")
-        with mock.patch.object(accepting, "ROOM_TIMEOUT", 0.2):
+        with mock.patch.object(accepting, "ROOM_TIMEOUT", 0.05):
             async with listening(webhooks.accept_nowait) as edge, edge.connect() as wire:
                 started = trio.current_time()
                 await wire.send(*(self.signed(number) for number in range(21)))
                 await until(lambda: ingress.mailbox.statistics().waiting == 1)
                 await until(lambda: edge.listener.statistics.requests == 21)
-                await trio.sleep(0.5)
+                await trio.sleep(0.1)
                 ingress.mailbox.drain_nowait()[0].settle(True)
                 statuses = [(await wire.answer()).status for _ in range(21)]
                 assert statuses == [200] + [503] * 20

@@ -132,13 +132,13 @@ async def test_a_get_carries_its_query_and_no_signature() -> None:
     assert "signature" not in head.lower()
 
 
-@pytest.mark.parametrize("cut", range(1, len(OK)))
-async def test_answers_may_come_in_any_two_packets(cut: int) -> None:
-    async with serving(always(OK[:cut], OK[cut:])) as server:
-        client = WebhookClient(server.url, SECRET)
-        assert [(await client.post(b"{}")).body for _ in range(2)] == [b"ok", b"ok"]
-        client.close()
-    assert server.connections == 1
+async def test_answers_may_come_in_any_two_packets() -> None:
+    for cut in range(1, len(OK)):
+        async with serving(always(OK[:cut], OK[cut:])) as server:
+            client = WebhookClient(server.url, SECRET)
+            assert [(await client.post(b"{}")).body for _ in range(2)] == [b"ok", b"ok"], cut
+            client.close()
+        assert server.connections == 1
 
 
 async def test_interim_answers_are_passed_over_and_204_has_no_body() -> None:

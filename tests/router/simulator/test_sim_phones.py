@@ -94,7 +94,7 @@ def test_a_new_message_is_given_out_only_when_all_earlier_ones_were_answered_200
     made = world(seed)
     history: dict[str, list[SentItem]] = defaultdict(list)
     known: set[str] = set()
-    for _ in range(200):
+    for _ in range(120):
         made.run(1)
         delivery = made.given[-1] if made.given else None
         for item in messages(delivery) if delivery else ():
@@ -104,13 +104,13 @@ def test_a_new_message_is_given_out_only_when_all_earlier_ones_were_answered_200
             assert all(earlier.message_id in made.acknowledged for earlier in history[item.sender])
             history[item.sender].append(item)
             assert item.ordinal == len(history[item.sender])
-    assert max(len(of_phone) for of_phone in history.values()) > 3
+    assert max(len(of_phone) for of_phone in history.values()) > 2
 
 
 @given(seeds)
 def test_items_are_what_the_body_says_in_its_order(seed: int) -> None:
     made = world(seed)
-    made.run(150)
+    made.run(80)
     assert made.given
     for delivery in made.given:
         listed = [(item.kind, item.phone_number_id, item.message_id) for item in delivery.items]
@@ -120,7 +120,7 @@ def test_items_are_what_the_body_says_in_its_order(seed: int) -> None:
 @given(seeds)
 def test_duplicates_repeat_what_was_given_out_before_and_nothing_else_repeats(seed: int) -> None:
     made = world(seed)
-    made.run(200)
+    made.run(120)
     bodies: set[bytes] = set()
     serials: set[int] = set()
     known: set[str] = set()
@@ -141,7 +141,7 @@ def test_duplicates_repeat_what_was_given_out_before_and_nothing_else_repeats(se
 
 def test_every_kind_of_delivery_occurs() -> None:
     made = world(3, senders=60)
-    made.run(3_000)
+    made.run(1_500)
     exact = regrouped = batches = mixed = statuses = 0
     bodies: set[bytes] = set()
     for delivery in made.given:
@@ -154,7 +154,7 @@ def test_every_kind_of_delivery_occurs() -> None:
             statuses += not kinds["message"]
             assert kinds["message"] <= 20
         bodies.add(delivery.body)
-    assert min(exact, regrouped, batches, mixed, statuses) > 20
+    assert min(exact, regrouped, batches, mixed, statuses) > 10
     types = {
         one["type"]
         for body in bodies
@@ -245,7 +245,7 @@ def test_what_is_not_answered_200_comes_again_after_growing_pauses() -> None:
 @given(seeds)
 def test_once_all_is_well_everything_is_answered_in_the_end(seed: int) -> None:
     made = world(seed)
-    made.run(150, failing=0.5)
+    made.run(80, failing=0.5)
     while made.flying:
         made.answer(200)
     while made.population.unanswered:

@@ -88,18 +88,17 @@ async def run(router: Router, phones: Population, **more: Any) -> int:
     return await run_traffic(phones, router.ledger, "http://sut/", "s", **options)
 
 
-@pytest.mark.parametrize("failing", [0.0, 0.4])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("seed", "failing"), [(1, 0.0), (2, 0.4)])
 async def test_everything_is_answered_and_the_ledger_agrees(
     seed: int, failing: float, autojump_clock: trio.testing.MockClock
 ) -> None:
     router = Router(Random(seed), Ledger(), failing=failing)
-    assert await run(router, population(seed=seed), stop=1.5, settle=600.0) == 0
+    assert await run(router, population(seed=seed), stop=0.5, settle=600.0) == 0
     report = router.ledger.verify(dead_letters=(), stored=router.kept)
     assert report.problems == ()
-    assert report.received == report.distinct == len(router.kept) > 200
-    assert report.duplicates > 20
-    assert report.statuses > 20
+    assert report.received == report.distinct == len(router.kept) > 80
+    assert report.duplicates > 10
+    assert report.statuses > 10
     assert set(report.delivered) == set(TEXTS)
     assert report.p50_ms == pytest.approx(10.0)
     assert (report.p99_ms == pytest.approx(500.0)) == bool(failing)
@@ -107,7 +106,7 @@ async def test_everything_is_answered_and_the_ledger_agrees(
 
 async def test_a_forgotten_message_is_found(autojump_clock: trio.testing.MockClock) -> None:
     router = Router(Random(1), Ledger(), forgetful=True)
-    await run(router, population(), stop=1.0)
+    await run(router, population(), stop=0.5)
     (problem,) = router.ledger.verify(dead_letters=(), stored=router.kept).problems
     assert router.forgotten
     assert router.forgotten in problem
@@ -115,7 +114,7 @@ async def test_a_forgotten_message_is_found(autojump_clock: trio.testing.MockClo
 
 async def test_all_connections_are_used_and_no_more(autojump_clock: trio.testing.MockClock) -> None:
     router = Router(Random(1), Ledger())
-    await run(router, population(), stop=1.0, connections=5)
+    await run(router, population(), stop=0.2, connections=5)
     assert router.busiest == 5
 
 
@@ -130,8 +129,8 @@ async def test_few_phones_hold_back_many_connections(autojump_clock: trio.testin
 
 async def test_a_rate_is_kept_whatever_the_answers_take(autojump_clock: trio.testing.MockClock) -> None:
     router = Router(Random(1), Ledger(), pause=0.2)
-    await run(router, population(200), stop=9.995, rate=50.0, connections=100)
-    assert len(router.posts) == 500
+    await run(router, population(200), stop=3.995, rate=50.0, connections=100)
+    assert len(router.posts) == 200
     assert all(at == pytest.approx(router.posts[0] + i / 50) for i, at in enumerate(router.posts))
     assert router.busiest > 8
 
@@ -140,9 +139,9 @@ async def test_a_rate_that_cannot_be_kept_is_bounded_by_the_connections(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     router = Router(Random(1), Ledger(), pause=0.1)
-    await run(router, population(200), stop=10.0, rate=1_000.0, connections=4)
+    await run(router, population(200), stop=4.0, rate=1_000.0, connections=4)
     assert router.busiest == 4
-    assert 300 < len(router.posts) < 500
+    assert 120 < len(router.posts) < 200
 
 
 async def test_after_a_stall_one_second_of_the_schedule_is_made_up_for(
@@ -177,9 +176,9 @@ async def test_an_event_stops_it_even_while_a_slow_schedule_waits(
 
 
 async def test_what_never_gets_a_200_is_given_up_after_settle(autojump_clock: trio.testing.MockClock) -> None:
-    router = Router(Random(1), Ledger(), failing=1.0)
-    left = await run(router, population(), stop=1.0, settle=8.0)
-    assert trio.current_time() == pytest.approx(9.0, abs=0.1)
+    router = Router(Random(1), Ledger(), pause=0.05, failing=1.0)
+    left = await run(router, population(), stop=0.5, settle=4.0)
+    assert trio.current_time() == pytest.approx(4.5, abs=0.1)
     assert left > 0
     assert router.ledger.verify(dead_letters=(), stored=router.kept).received == 0
 
@@ -190,7 +189,7 @@ async def test_what_a_run_gave_up_the_next_one_carries(autojump_clock: trio.test
     left = await run(router, phones, stop=1.0, settle=0.0)
     assert left == phones.unanswered == 8
     router.pause = 0.01
-    assert await run(router, phones, stop=1.0, settle=60.0) == 0
+    assert await run(router, phones, stop=0.5, settle=60.0) == 0
     assert router.ledger.verify(dead_letters=(), stored=router.kept).ok
 
 
