@@ -296,12 +296,17 @@ class Dispatcher:
         return True
 
     async def _sweep(self) -> None:
-        """Whatever the tables call undelivered and nobody here knows goes to its session."""
+        """Whatever the tables call undelivered and nobody here knows goes to its session. A journal that
+        is longer than what was read of it was written to by one who did not say so: it held the lease
+        itself when it began.
+        """
         suspects: set[int] = set()
         while True:
             await trio.sleep(self._sweep_every)
             newest = self._newest
             backlog = await self._patiently(self._journal.undelivered)
+            if backlog.newest > self._newest:
+                self._wake_tail.set()
             unknown = {seq: key for seq, key in backlog.items if seq <= newest and seq not in self._open}
             # One that was being committed during the read looks the same; it is gone the next time.
             for seq in sorted(suspects & unknown.keys()):

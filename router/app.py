@@ -93,11 +93,12 @@ class Router:
             raise ValueError(
                 f"handlers for domains that the configuration does not have: {', '.join(unknown)}"
             )
-        self.journal = PostgresJournal(bridge, dsn, clock=clock, notify=lambda: self._epoch is None)
-        self._routes = Routes(config.routing, config.services)
         self._lease = PostgresLease(
             bridge, dsn, on_journal=lambda: self._owner.look(), on_dead_letters=lambda: self._owner.replay()
         )
+        # One that stood still has an epoch and no longer the lease.
+        self.journal = PostgresJournal(bridge, dsn, clock=clock, notify=lambda: not self._lease.held())
+        self._routes = Routes(config.routing, config.services)
         limits = config.limits
         self._owner = Owner(
             self._lease,

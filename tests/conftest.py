@@ -5,6 +5,7 @@ processes share it.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -13,6 +14,13 @@ from hypothesis import settings
 settings.register_profile("quick", max_examples=10, deadline=None)
 settings.register_profile("thorough", max_examples=200, deadline=None)
 settings.load_profile("thorough" if os.environ.get("CI") == "true" else "quick")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A file that is about Postgres as a whole is not even imported where Postgres is left out."""
+    if "not postgres" in config.option.markexpr and collection_path.suffix == ".py":
+        return "\npytestmark = pytest.mark.postgres\n" in collection_path.read_text(encoding="utf-8") or None
+    return None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

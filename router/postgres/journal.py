@@ -27,7 +27,7 @@ PATIENCE = 2.0  # seconds that a flush waits for a database that is just being r
 
 
 class PostgresJournal:
-    """One per process. `notify` is asked at each flush: true when another process delivers."""
+    """One per process. `notify` is asked at each flush: true when another process may deliver."""
 
     def __init__(
         self, bridge: Bridge, dsn: Callable[[], str], *, clock: Clock, notify: Callable[[], bool]
@@ -55,10 +55,11 @@ class PostgresJournal:
         self, deliveries: Sequence[Delivery], *, duplicates: int
     ) -> Appended | Duplicates | None:
         arguments = rows.flush_arguments(deliveries)
-        return await self._bridge.run(lambda: self._append(self._clock(), duplicates, arguments))
+        notify = self._notify()
+        return await self._bridge.run(lambda: self._append(self._clock(), notify, duplicates, arguments))
 
     async def _append(
-        self, now: datetime, duplicates: int, arguments: list[Any]
+        self, now: datetime, notify: bool, duplicates: int, arguments: list[Any]
     ) -> Appended | Duplicates | None:
         loop = asyncio.get_running_loop()
         give_up = loop.time() + PATIENCE
@@ -73,7 +74,7 @@ class PostgresJournal:
                     self._flush += 1
                     in_doubt = True
                     row = await connection.fetchrow(
-                        _SQL["append"], self._writer, self._flush, now, self._notify(), duplicates, *arguments
+                        _SQL["append"], self._writer, self._flush, now, notify, duplicates, *arguments
                     )
                     return _appended(row, now)
             except (asyncpg.PostgresError, *TRANSIENT) as error:

@@ -241,6 +241,17 @@ async def test_the_sweep_finds_what_nobody_knows(autojump_clock: Clock) -> None:
         assert rig.decided() == rides("a")
 
 
+async def test_the_sweep_finds_what_was_journaled_in_silence(autojump_clock: Clock) -> None:
+    rig = Rig(sweep_every=10)
+    async with rig.running():
+        await trio.sleep(1)  # the tail was read to its end
+        rig.say(*rides("a"), fed=False)
+        await trio.sleep(5)
+        assert rig.decided() == []
+        await trio.sleep(10)
+        assert rig.decided() == rides("a")
+
+
 async def test_what_is_swept_up_below_the_mark_is_a_straggler() -> None:
     rig = Rig()
     rig.say(*rides("a", "b"), fed=False)
