@@ -210,6 +210,7 @@ class Item:
     dead_letter: str | None = None  # the id of the dead letter that this is a replay of
     domain: str | None = None  # where a replay goes
     revision: int = 0
+    retries: int = 0  # of the dead letter, that were counted
 
 
 class Place(enum.StrEnum):
@@ -223,12 +224,15 @@ class Place(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeadLetter:
-    """What could not be delivered. `status` and `resolution` as in webhook_dlq; `retry_in` seconds."""
+    """What could not be delivered. `status` and `resolution` as in webhook_dlq; `retry_in` seconds.
+    `counted`: as one retry, when this is a replay; one that was put off is not.
+    """
 
     status: str
     resolution: str | None
     error: str
     retry_in: float | None
+    counted: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

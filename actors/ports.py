@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Protocol
 
 from .messages import (
@@ -55,8 +55,35 @@ class Journal(Protocol):
             LeaseLost: the epoch is over.
         """
 
-    async def claim_dead_letters(self, epoch: int, limit: int) -> list[tuple[str, int, str, int]]:
-        """(id, seq, service, revision) of dead letters that are to be retried now, claimed for this epoch.
+    async def release_dead_letters(self, epoch: int, *, keep: Sequence[str] = ()) -> None:
+        """Whatever is claimed, but for `keep`, was so by somebody who is gone: it can be claimed again.
+
+        Raises:
+            LeaseLost: the epoch is over.
+        """
+
+    async def claim_dead_letters(
+        self, epoch: int, limit: int, services: Sequence[str], *, others: bool = False
+    ) -> list[Item]:
+        """Dead letters for these services that are to be retried now, as replays: what an operator asked
+        for, and of each (conversation, service) the oldest open one, if it is due. `others`: those for
+        any other service, if asked for.
+
+        Raises:
+            LeaseLost: the epoch is over.
+        """
+
+    async def expire_dead_letters(self, epoch: int, max_age: timedelta) -> int:
+        """Give up those that have waited longer; returns how many.
+
+        Raises:
+            LeaseLost: the epoch is over.
+        """
+
+    async def log_retry_run(
+        self, epoch: int, *, processed: int, failed: int, error: str | None, services: Sequence[str]
+    ) -> float | None:
+        """Put a run on record; returns the seconds until the next letter for these services is due.
 
         Raises:
             LeaseLost: the epoch is over.
@@ -122,5 +149,12 @@ class RetryPolicy(Protocol):
     ) -> float | None:
         """Seconds to wait before the next attempt, or None: the delivery is over."""
 
-    def first_retry(self, asked: float | None) -> float:
-        """Seconds until the dead letter that this delivery becomes is due."""
+    def put_off(self, asked: float) -> float:
+        """Seconds until the dead letter is due that a service asked to have again then."""
+
+
+class RedeliveryPolicy(Protocol):
+    """When the dead letters of a service are due."""
+
+    def due_in(self, retries: int) -> float | None:
+        """Seconds until the next retry after so many, or None: it was the last."""

@@ -13,7 +13,7 @@ import trio
 from .errors import NotOwner
 from .kernel import Address, MailboxClosed, Promise
 from .messages import Ack, Envelope, Reject, Retry
-from .ports import Handler, RetryPolicy, Unreadable
+from .ports import Handler, RedeliveryPolicy, RetryPolicy, Unreadable
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +35,12 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Undelivered:
-    """The deadline or the attempts are used up; due again in `retry_in` seconds."""
+    """The deadline or the attempts are used up. `put_off`: the service asked for it again in so many
+    seconds."""
 
     reason: str
     attempts: int
-    retry_in: float
+    put_off: float | None = None
 
 
 Result = Delivered | Rejected | Undelivered
@@ -79,11 +80,13 @@ class Service:
         timeout: float,
         deadline: float,
         policy: RetryPolicy,
+        redelivery: RedeliveryPolicy,
         may_attempt: Callable[[], bool],
         on_room: Callable[[str], None],
     ) -> None:
         self.name = name
         self.address: Address[Deliver] = Address(f"service/{name}", capacity)
+        self.redelivery = redelivery
         self.statistics = ServiceStatistics()
         self._open_lane = open_lane
         self._lanes = lanes
@@ -136,11 +139,9 @@ class Service:
             elapsed = trio.current_time() - started
             wait = self._policy.next_attempt(counted, elapsed, self._deadline, outcome.after)
             if wait is None:
-                return Undelivered(
-                    outcome.reason,
-                    attempts,
-                    self._policy.first_retry(outcome.after),
-                )
+                asked = outcome.after
+                put_off = None if asked is None else self._policy.put_off(asked)
+                return Undelivered(outcome.reason, attempts, put_off)
             await trio.sleep(wait)
 
     async def _attempt(

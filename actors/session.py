@@ -178,7 +178,9 @@ class SessionActor:
         if session.active_service != domain and item.dead_letter is None:
             after = replace(session, active_service=domain, state={}, version=self._next_version())
         if isinstance(result, str):
-            letter = DeadLetter(status="pending", resolution="no_service", error=result, retry_in=None)
+            letter = DeadLetter(
+                status="pending", resolution="no_service", error=result, retry_in=None, counted=False
+            )
             after = session
         elif isinstance(result, Delivered):
             place, attempts, unreadable = Place.DELIVERED, result.attempts, result.unreadable
@@ -189,9 +191,7 @@ class SessionActor:
             letter = DeadLetter(status="failed", resolution="rejected", error=result.reason, retry_in=None)
         elif isinstance(result, Undelivered):
             attempts = result.attempts
-            letter = DeadLetter(
-                status="pending", resolution=None, error=result.reason, retry_in=result.retry_in
-            )
+            letter = self._undelivered(item, domain, result)
         return Completion(
             item=item,
             place=place,
@@ -203,6 +203,17 @@ class SessionActor:
             dead_letter=letter,
             unreadable_answer=unreadable,
         )
+
+    def _undelivered(self, item: Item, domain: str, result: Undelivered) -> DeadLetter:
+        if result.put_off is not None:
+            return DeadLetter(
+                status="pending", resolution=None, error=result.reason, retry_in=result.put_off, counted=False
+            )
+        retries = 0 if item.dead_letter is None else item.retries + 1
+        due_in = self._services[domain].redelivery.due_in(retries)
+        if due_in is None:
+            return DeadLetter(status="failed", resolution="exhausted", error=result.reason, retry_in=None)
+        return DeadLetter(status="pending", resolution=None, error=result.reason, retry_in=due_in)
 
     def _apply(self, session: Session, answer: Ack) -> Session:
         change = answer.session or SessionChange()

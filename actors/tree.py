@@ -17,8 +17,8 @@ from .errors import JournalUnavailable, LeaseLost
 from .kernel import Address, ChildSpec, Strategy, Supervisor
 from .loader import Load, SessionLoader
 from .messages import Completion, Item, Session
-from .ports import Clock, Journal, RetryPolicy, RoutePolicy
-from .replayer import Replayer
+from .ports import Clock, Journal, RedeliveryPolicy, RetryPolicy, RoutePolicy
+from .retrier import Retrier
 from .service import OpenLane, Service
 from .session import SessionActor
 
@@ -33,6 +33,7 @@ class ServiceSpec:
     timeout: float
     deadline: float
     waiting: int
+    redelivery: RedeliveryPolicy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +47,7 @@ class TreeSpec:
     retry: RetryPolicy
     clock: Clock
     session_ttl: timedelta
+    dead_letter_max_age: timedelta
     session_mailbox: int
     max_live_sessions: int
     backlog_limit: int
@@ -79,7 +81,7 @@ class DeliveryTree:
         self.services: Mapping[str, Service] = {}
         self._draining: set[str] = set()  # children that were asked to finish, also those not there yet
         self.dispatcher: Dispatcher | None = None
-        self._replayer: Replayer | None = None
+        self._retrier: Retrier | None = None
         self._supervisor = Supervisor(
             "delivery",
             [
@@ -114,8 +116,8 @@ class DeliveryTree:
 
     def replay(self) -> None:
         """Somebody asked for dead letters to be retried."""
-        if self._replayer is not None:
-            self._replayer.wake()
+        if self._retrier is not None:
+            self._retrier.wake()
 
     async def _run_completer(self) -> None:
         completer = Completer(
@@ -144,6 +146,7 @@ class DeliveryTree:
                 timeout=service.timeout,
                 deadline=service.deadline,
                 policy=spec.retry,
+                redelivery=service.redelivery,
                 may_attempt=self._may_attempt,
                 on_room=self._room,
             )
@@ -176,7 +179,13 @@ class DeliveryTree:
 
     async def _run_dispatcher(self) -> None:
         spec = self._spec
-        replayer = Replayer(spec.journal, epoch=self._epoch, offer=lambda item: dispatcher.replay(item))
+        retrier = Retrier(
+            spec.journal,
+            epoch=self._epoch,
+            lanes={service.name: service.lanes for service in spec.services},
+            max_age=spec.dead_letter_max_age,
+            offer=lambda item: dispatcher.replay(item),
+        )
         dispatcher = Dispatcher(
             spec.journal,
             make=lambda key: self._make_session(key, dispatcher),
@@ -186,20 +195,20 @@ class DeliveryTree:
             idle=spec.session_idle,
             sweep_every=spec.sweep_every,
             on_crash=lambda key, error: spec.report("session", error),
-            on_replay_lost=replayer.lost,
+            on_replay_lost=retrier.lost,
         )
-        self.dispatcher, self._replayer = dispatcher, replayer
+        self.dispatcher, self._retrier = dispatcher, retrier
         if "dispatcher" in self._draining:
             dispatcher.close()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._run_replayer, replayer)
+            nursery.start_soon(self._run_retrier, retrier)
             await dispatcher.run()
             nursery.cancel_scope.cancel()
 
-    async def _run_replayer(self, replayer: Replayer) -> None:
+    async def _run_retrier(self, retrier: Retrier) -> None:
         try:
-            await replayer.run()
-        except LeaseLost:
+            await retrier.run()
+        except* LeaseLost:
             self._on_lease_lost()
 
     def _make_session(self, key: str, dispatcher: Dispatcher) -> SessionActor:
@@ -234,6 +243,13 @@ class DeliveryTree:
     def _committed(self, completions: list[Completion], stragglers: list[int]) -> None:
         if self.dispatcher is not None:
             self.dispatcher.committed(completions, stragglers)
+        if self._retrier is not None:
+            for completion in completions:
+                letter = completion.dead_letter
+                if letter is not None and letter.status == "pending" and letter.retry_in is not None:
+                    self._retrier.due_in(letter.retry_in)
+                if completion.item.dead_letter is not None:
+                    self._retrier.settled(completion)
 
     def _unavailable(self, error: JournalUnavailable) -> None:
         self._spec.report("completer", error)

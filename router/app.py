@@ -37,7 +37,7 @@ from router.postgres.errors import TRANSIENT, describe
 from router.postgres.journal import PostgresJournal
 from router.postgres.lease import PostgresLease
 from router.postgres.migrate import MigrationError, migrate, pending, shipped_migrations
-from router.retry import Backoff
+from router.retry import REDELIVERY, Backoff
 from router.routing import Routes
 
 _log = get_logger("postroom")
@@ -68,6 +68,16 @@ class RouterStatistics:
     undelivered: int
     live_sessions: int
     waiting_for: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetterCounts:
+    """Dead letters that still move, those that failed (exhausted or rejected), and the retrier's last run."""
+
+    open: int
+    failed: int
+    last_run: datetime | None
+    since_last_run: timedelta | None
 
 
 class Router:
@@ -109,6 +119,7 @@ class Router:
                 retry=Backoff(random_unit),
                 clock=clock,
                 session_ttl=timedelta(hours=config.session_ttl_hours),
+                dead_letter_max_age=timedelta(hours=config.delivery.dead_letter_max_age_hours),
                 session_mailbox=limits.session_mailbox,
                 max_live_sessions=limits.max_live_sessions,
                 backlog_limit=max(limits.backlog_limit, 1),
@@ -211,6 +222,16 @@ class Router:
         """Ask the database for one row. Raises JournalUnavailable."""
         await self.journal.dedup_key()
 
+    async def ask_for_retries(self) -> None:
+        """Have dead letters that are due retried now, by whoever delivers. Raises JournalUnavailable."""
+        await self.journal.ask_for_retries()
+
+    async def dead_letters(self) -> DeadLetterCounts:
+        """How many there are. Raises JournalUnavailable."""
+        still_open, failed, last_run = await self.journal.dead_letter_counts()
+        since = None if last_run is None else self._clock() - last_run
+        return DeadLetterCounts(still_open, failed, last_run, since)
+
     def _set_epoch(self, epoch: int | None) -> None:
         self._epoch = epoch
         _log.info("delivering" if epoch is not None else "not delivering", epoch=epoch)
@@ -289,6 +310,7 @@ def _service_spec(service: ServiceConfig, lane: Any) -> ServiceSpec:
         timeout=service.timeout_ms / 1000,
         deadline=service.deadline_ms / 1000,
         waiting=max(2 * service.lanes, 16),
+        redelivery=REDELIVERY[service.dead_letters],
     )
 
 

@@ -1,113 +1,30 @@
 """The command line: reads what was asked, calls the one function that does it, prints, sets the exit
-status. 0 done, 1 it did not work or a check failed, 2 wrong use or configuration.
+status.
 """
 
 from __future__ import annotations
 
 import gc
-import json
-import os
 import sys
-import uuid
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import click
 
-from router.config import Config, ConfigError
-
-if TYPE_CHECKING:
-    from router.operations import Operations
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-class _Failure(click.ClickException):
-    exit_code = 1
-
-
-def _database_options(function: F) -> F:
-    for option in (
-        click.option(
-            "--config", "config_file", type=click.Path(path_type=Path), help="postroom.toml to read."
-        ),
-        click.option("--database-url", help="Postgres to use instead of the embedded one."),
-        click.option(
-            "--data-dir",
-            type=click.Path(path_type=Path),
-            help="Directory of the embedded Postgres [.postroom].",
-        ),
-    ):
-        function = option(function)
-    return function
-
-
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-
-def _load(*, config_file: Path | None, need_secrets: bool, **overrides: object) -> Config:
-    from router.settings import load_config
-
-    try:
-        return load_config(
-            file=config_file, environ=os.environ, overrides=overrides, need_secrets=need_secrets
-        )
-    except ConfigError as error:
-        problems = "\n".join(f"  {problem}" for problem in error.problems)
-        raise click.UsageError(f"the configuration cannot be used:\n{problems}") from None
-
-
-@contextmanager
-def _failing_plainly() -> Iterator[None]:
-    """What a user can cause or mend is a message, not a traceback."""
-    from actors.errors import JournalUnavailable
-    from router.postgres.embedded import EmbeddedPostgresError
-    from router.postgres.migrate import MigrationError
-    from router.serve import CannotListen
-
-    expected = (JournalUnavailable, EmbeddedPostgresError, MigrationError, CannotListen)
-    try:
-        yield
-    except expected as error:
-        raise _Failure(str(error)) from None
-    except BaseExceptionGroup as group:
-        if group.split(expected)[1] is not None:
-            raise
-        first: BaseException = group
-        while isinstance(first, BaseExceptionGroup):
-            first = first.exceptions[0]
-        raise _Failure(str(first)) from None
-
-
-def _run(work: Callable[[], Awaitable[Any]]) -> Any:
-    import trio
-
-    with _failing_plainly():
-        try:
-            return trio.run(work)
-        except KeyboardInterrupt:
-            raise click.Abort from None
-
-
-def _operate(config: Config, work: Callable[[Operations], Awaitable[Any]]) -> Any:
-    async def run() -> Any:
-        from router.operations import open_operations
-
-        async with open_operations(config, report=_say) as operations:
-            return await work(operations)
-
-    return _run(run)
-
-
-def _say(line: str) -> None:
-    click.echo(line, err=True)
-
-
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, default=str))
+from router.command import (
+    Failure,
+    database_options,
+    failing_plainly,
+    json_option,
+    load,
+    operate,
+    print_json,
+    run_command,
+    say,
+)
+from router.config import Config
+from router.dlq import dlq
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -121,6 +38,9 @@ def main() -> None:
     """
 
 
+main.add_command(dlq)
+
+
 @main.command()
 @click.option("--host", help="Address of the webhook port [0.0.0.0; 127.0.0.1 with --dev].")
 @click.option("--port", type=int, help="Webhook port, 0 for any [8080].")
@@ -130,7 +50,7 @@ def main() -> None:
 @click.option(
     "--migrate", "apply_migrations", is_flag=True, help="Bring an outside database up to date first."
 )
-@_database_options
+@database_options
 def serve(
     host: str | None,
     port: int | None,
@@ -147,7 +67,7 @@ def serve(
     \b
     Example:   postroom serve --dev --port 8080
     """
-    config = _load(
+    config = load(
         config_file=config_file,
         need_secrets=True,
         host=host,
@@ -168,41 +88,41 @@ def serve(
     gc.set_threshold(20_000, 20, 20)
     configure_logging(form="console" if sys.stderr.isatty() else "json")
     for name, value in config.generated.items():
-        _say(f"{name}={value}  (made up for this run)")
+        say(f"{name}={value}  (made up for this run)")
     handlers = {name: echo for name, s in config.services.items() if s.url is None} if config.dev else {}
-    _run(
+    run_command(
         partial(
             run_server,
             config,
             handlers=handlers,
             apply_migrations=True if apply_migrations else None,
             announce=click.echo,
-            report=_say,
+            report=say,
         )
     )
 
 
 @main.command()
-@_database_options
-@_json_option
+@database_options
+@json_option
 def migrate(data_dir: Path | None, database_url: str | None, config_file: Path | None, as_json: bool) -> None:
     """Bring the database's schema up to date.
 
     \b
     Example:   postroom migrate --database-url postgresql://localhost/postroom
     """
-    config = _load(config_file=config_file, need_secrets=False, data_dir=data_dir, database_url=database_url)
+    config = load(config_file=config_file, need_secrets=False, data_dir=data_dir, database_url=database_url)
 
     async def run() -> list[str]:
         from router.app import migrate_database, open_database
         from router.postgres.bridge import open_bridge
 
-        async with open_database(config, report=_say) as dsn, open_bridge() as bridge:
+        async with open_database(config, report=say) as dsn, open_bridge() as bridge:
             return await migrate_database(bridge, dsn(), apply=True)
 
-    applied = _run(run)
+    applied = run_command(run)
     if as_json:
-        _print_json({"applied": applied})
+        print_json({"applied": applied})
     else:
         click.echo("\n".join(f"applied {name}" for name in applied) or "nothing to apply")
 
@@ -221,18 +141,18 @@ def explain(text: str | None, active_service: str | None, config_file: Path | No
     """
     from router.explain import ExplainError, explain_all
 
-    config = _load(config_file=config_file, need_secrets=False)
+    config = load(config_file=config_file, need_secrets=False)
     payload = sys.stdin.buffer.read() if text is None else None
     try:
         decisions = explain_all(config, text=text, payload=payload, active_service=active_service)
     except ExplainError as error:
         raise click.UsageError(str(error)) from None
     for decision in decisions:
-        _print_json(decision)
+        print_json(decision)
 
 
 @main.command()
-@_database_options
+@database_options
 def dsn(data_dir: Path | None, database_url: str | None, config_file: Path | None) -> None:
     """Print the owner's connection string.
 
@@ -240,7 +160,7 @@ def dsn(data_dir: Path | None, database_url: str | None, config_file: Path | Non
     Example:   psql "$(postroom dsn)"
     """
     click.echo(
-        _dsn(_load(config_file=config_file, need_secrets=False, data_dir=data_dir, database_url=database_url))
+        _dsn(load(config_file=config_file, need_secrets=False, data_dir=data_dir, database_url=database_url))
     )
 
 
@@ -250,15 +170,15 @@ def _dsn(config: Config) -> str:
     if config.database_url is not None:
         return config.database_url
     if not (config.data_dir / "pgdata").is_dir():
-        raise _Failure(
+        raise Failure(
             f"{config.data_dir} has no database yet; run postroom serve or migrate, or use --data-dir"
         )
-    with _failing_plainly():
+    with failing_plainly():
         return EmbeddedPostgres(config.data_dir).dsn()
 
 
 @main.command(context_settings={"ignore_unknown_options": True})
-@_database_options
+@database_options
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def psql(
     data_dir: Path | None, database_url: str | None, config_file: Path | None, arguments: tuple[str, ...]
@@ -268,7 +188,7 @@ def psql(
     \b
     Example:   postroom psql -- -c 'SELECT count(*) FROM whatsapp_messages'
     """
-    config = _load(config_file=config_file, need_secrets=False, data_dir=data_dir, database_url=database_url)
+    config = load(config_file=config_file, need_secrets=False, data_dir=data_dir, database_url=database_url)
 
     async def run() -> int:
         import subprocess
@@ -278,29 +198,29 @@ def psql(
         from router.app import open_database
         from router.postgres.embedded import find_binary
 
-        async with open_database(config, report=_say) as dsn:
+        async with open_database(config, report=say) as dsn:
             process = await trio.run_process(
                 [find_binary("psql"), dsn(), *arguments], stdin=None, check=False
             )
         assert isinstance(process, subprocess.CompletedProcess)
         return process.returncode
 
-    sys.exit(_run(run))
+    sys.exit(run_command(run))
 
 
 @main.command()
-@_database_options
-@_json_option
+@database_options
+@json_option
 def check(data_dir: Path | None, database_url: str | None, config_file: Path | None, as_json: bool) -> None:
     """Recount every item from the tables: each must be in exactly one place.
 
     \b
     Example:   postroom check --json
     """
-    config = _load(config_file=config_file, need_secrets=False, data_dir=data_dir, database_url=database_url)
-    result = _operate(config, lambda operations: operations.check())
+    config = load(config_file=config_file, need_secrets=False, data_dir=data_dir, database_url=database_url)
+    result = operate(config, lambda operations: operations.check())
     if as_json:
-        _print_json(result.as_dict())
+        print_json(result.as_dict())
     else:
         click.echo(f"received {result.received}, duplicates {result.duplicates}")
         for place, count in result.places.items():
@@ -309,84 +229,6 @@ def check(data_dir: Path | None, database_url: str | None, config_file: Path | N
             click.echo(f"  ! {problem}")
         click.echo(f"conservation: {'ok' if result.ok else 'broken'}")
     sys.exit(0 if result.ok else 1)
-
-
-@main.group()
-def dlq() -> None:
-    """Dead letters: what could not be delivered.
-
-    \b
-    Example:   postroom dlq list
-    """
-
-
-@dlq.command("list")
-@click.option("--status", type=click.Choice(["pending", "processing", "reprocessed", "failed"]))
-@click.option("--service", help="Only those of one service.")
-@click.option("--limit", type=click.IntRange(1, 100_000), default=50, show_default=True)
-@_database_options
-@_json_option
-def dlq_list(
-    status: str | None,
-    service: str | None,
-    limit: int,
-    data_dir: Path | None,
-    database_url: str | None,
-    config_file: Path | None,
-    as_json: bool,
-) -> None:
-    """List dead letters, oldest first.
-
-    \b
-    Example:   postroom dlq list --status pending --service rides
-    """
-    config = _load(config_file=config_file, need_secrets=False, data_dir=data_dir, database_url=database_url)
-    letters = _operate(config, lambda o: o.dead_letters(status=status, service=service, limit=limit))
-    if as_json:
-        _print_json(letters)
-        return
-    for letter in letters:
-        click.echo(
-            f"{letter['id']}  {letter['status']:<11} {letter['resolution'] or '-':<11} "
-            f"{letter['service']:<12} "
-            f"attempts={letter['attempts']} since={letter['created_at']:%Y-%m-%d %H:%M:%S} "
-            f"{letter['error_message']}"
-        )
-    click.echo(f"{len(letters)} dead letter(s)")
-
-
-@dlq.command("retry")
-@click.argument("ids", nargs=-1, type=click.UUID)
-@click.option("--all", "everything", is_flag=True, help="All that match, instead of ids.")
-@click.option("--status", type=click.Choice(["pending", "failed"]))
-@click.option("--service", help="Only those of one service.")
-@_database_options
-@_json_option
-def dlq_retry(
-    ids: tuple[uuid.UUID, ...],
-    everything: bool,
-    status: str | None,
-    service: str | None,
-    data_dir: Path | None,
-    database_url: str | None,
-    config_file: Path | None,
-    as_json: bool,
-) -> None:
-    """Have dead letters delivered again now, by the running router or by the next one that starts.
-
-    \b
-    Example:   postroom dlq retry --all --service rides
-    """
-    if bool(ids) == everything:
-        raise click.UsageError("name the ids, or say --all")
-    config = _load(config_file=config_file, need_secrets=False, data_dir=data_dir, database_url=database_url)
-    asked = _operate(config, lambda o: o.retry(list(ids) if ids else None, service=service, status=status))
-    if as_json:
-        _print_json({"asked": asked})
-    else:
-        click.echo(f"asked for {asked} to be retried")
-    if ids and asked < len(ids):
-        raise _Failure(f"{len(ids) - asked} of {len(ids)} are not there, or are done or being processed")
 
 
 @main.command()
@@ -398,8 +240,8 @@ def dlq_retry(
 @click.option("--phone", default="250780000001", show_default=True, help="Who writes.")
 @click.option("--number", default="100000000000001", show_default=True, help="phone_number_id written to.")
 @click.option("--wait", type=float, default=10.0, show_default=True, help="Seconds to wait for its outcome.")
-@_database_options
-@_json_option
+@database_options
+@json_option
 def send(
     text: str,
     url: str,
@@ -417,18 +259,18 @@ def send(
     \b
     Example:   postroom send --text taxi
     """
-    config = _load(config_file=config_file, need_secrets=False, data_dir=data_dir, database_url=database_url)
+    config = load(config_file=config_file, need_secrets=False, data_dir=data_dir, database_url=database_url)
 
     async def run() -> dict[str, Any]:
         from router.trial import send_one
 
         return await send_one(
-            config, url=url, secret=secret, phone=phone, number=number, text=text, wait=wait, report=_say
+            config, url=url, secret=secret, phone=phone, number=number, text=text, wait=wait, report=say
         )
 
-    result = _run(run)
+    result = run_command(run)
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         for name, value in result.items():
             click.echo(f"{name:<12} {value}")
@@ -441,7 +283,7 @@ def send(
 @click.option("--phones", type=click.IntRange(1, 100_000), default=200, show_default=True)
 @click.option("--seed", type=int, help="Repeat the same traffic.")
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Keep the data here [a new temporary one].")
-@_json_option
+@json_option
 def demo(
     seconds: float | None,
     rate: float,
@@ -464,9 +306,9 @@ def demo(
             seconds=seconds, rate=rate, phones=phones, seed=seed, data_dir=data_dir, live=not as_json
         )
 
-    summary = _run(run)
+    summary = run_command(run)
     if as_json:
-        _print_json(summary.as_dict())
+        print_json(summary.as_dict())
     else:
         click.echo(summary.text())
     sys.exit(0 if summary.ok else 1)

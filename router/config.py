@@ -17,6 +17,7 @@ DEFAULT_APP: Final = "default"
 WEBHOOK_PATH: Final = "/webhooks/whatsapp"
 DEFAULT_TIMEOUT_MS: Final = 4_000
 DEFAULT_DEADLINE_MS: Final = 15_000
+DEAD_LETTER_POLICIES: Final = ("standard", "fast")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,7 @@ class ServiceConfig:
 
     `timeout_ms` bounds one attempt, `deadline_ms` all attempts of one delivery, `lanes` how many run at once.
     `secret` is `whsec_` and base64, as Standard Webhooks writes it; without one deliveries are not signed.
+    `dead_letters` names the policy after which they are retried: "standard" or "fast" (router.retry).
     """
 
     name: str
@@ -82,6 +84,7 @@ class ServiceConfig:
     lanes: int = 8
     secret: str | None = field(default=None, repr=False)
     statuses: bool = False
+    dead_letters: str = DEAD_LETTER_POLICIES[0]
     keywords: Words = field(default_factory=dict)
 
 
@@ -136,15 +139,17 @@ class LimitsConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeliveryConfig:
     """With `enabled` false this process accepts and journals only; another one on the same database
-    delivers.
+    delivers. A dead letter that has waited for `dead_letter_max_age_hours` is given up.
     """
 
     enabled: bool = True
+    dead_letter_max_age_hours: int = 48
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """Everything that a router is told. `database_url` None means the embedded Postgres in `data_dir`.
+    Without `admin_token` whatever asks for one on the admin port is refused.
 
     `generated` has, by the name of its environment variable, each secret that `serve --dev` made up for
     itself.
@@ -161,6 +166,7 @@ class Config:
     admin_port: int = 8081
     data_dir: Path = Path(".postroom")
     database_url: str | None = field(default=None, repr=False)
+    admin_token: str | None = field(default=None, repr=False)
     session_ttl_hours: int = 24
     router_timeout_ms: int = DEFAULT_TIMEOUT_MS
     core_p95_slo_ms: int = 1_200

@@ -51,6 +51,7 @@ class ServiceTable(_Strict):
     lanes: int = 8
     secret_env: str | None = None
     statuses: bool = False
+    dead_letters: str = "standard"
     keywords: WordLists = {}
 
 
@@ -72,6 +73,7 @@ class RoutingTable(_Strict):
 
 class DeliveryTable(_Strict):
     enabled: bool = True
+    dead_letter_max_age_hours: int = 48
 
 
 class FileTable(_Strict):

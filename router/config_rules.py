@@ -16,6 +16,7 @@ from typing import Final
 from urllib.parse import parse_qsl, urlsplit
 
 from router.config import (
+    DEAD_LETTER_POLICIES,
     DEFAULT_APP,
     DEFAULT_DEADLINE_MS,
     AppConfig,
@@ -32,6 +33,7 @@ POOLER_PORT: Final = "6543"  # the port of transaction poolers: Supabase's, and 
 _DOMAIN_NAME = re.compile(r"[a-z][a-z0-9_]{0,62}", re.ASCII)
 _APP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}", re.ASCII)
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
+_ADMIN_TOKEN = re.compile(r"[A-Za-z0-9._~+/=-]{16,512}", re.ASCII)  # RFC 6750, section 2.1
 _NUMBER = re.compile(r"[0-9]{1,32}", re.ASCII)
 _INT32_MAX: Final = 2**31 - 1
 _TEN_YEARS_IN_HOURS: Final = 87_600
@@ -140,6 +142,12 @@ def _services(config: Config) -> Iterator[Problem]:
                 f"{at}.statuses",
                 "delivery statuses are routed back once a sender exists, and there is none yet",
                 "leave it out, or set it to false",
+            )
+        if service.dead_letters not in DEAD_LETTER_POLICIES:
+            yield Problem(
+                f"{at}.dead_letters",
+                "is not a policy",
+                f"use one of: {', '.join(DEAD_LETTER_POLICIES)}",
             )
         if service.secret is not None and not _is_standard_webhooks_secret(service.secret):
             yield Problem(
@@ -330,6 +338,18 @@ def _is_loopback(host: str) -> bool:
 
 
 def _times(config: Config) -> Iterator[Problem]:
+    if config.admin_token is not None and not _ADMIN_TOKEN.fullmatch(config.admin_token):
+        yield Problem(
+            "POSTROOM_ADMIN_TOKEN",
+            "is shorter than 16 characters, or has some that no header carries",
+            "make one with: openssl rand -hex 32",
+        )
+    if not 1 <= config.delivery.dead_letter_max_age_hours <= _TEN_YEARS_IN_HOURS:
+        yield Problem(
+            "delivery.dead_letter_max_age_hours",
+            f"{config.delivery.dead_letter_max_age_hours} is not a possible number of hours",
+            "give the longest that a dead letter may wait, 48 as a rule",
+        )
     if not 1 <= config.session_ttl_hours <= _TEN_YEARS_IN_HOURS:
         yield Problem(
             "SESSION_TTL_HOURS",

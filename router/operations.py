@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, TypeVar
 
 import asyncpg
@@ -15,6 +17,7 @@ from router.app import migrate_database, open_database, utc_now
 from router.channels.whatsapp import Splitter
 from router.config import Config
 from router.conservation import Conservation, recount
+from router.json_text import parse, storable
 from router.postgres.bridge import Bridge, open_bridge
 from router.postgres.connections import connect
 from router.postgres.errors import TRANSIENT, describe
@@ -25,6 +28,19 @@ T = TypeVar("T")
 _LETTERS = statements("dead_letters")
 _CHECK = statements("check")
 _JOURNAL = statements("journal")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Letters:
+    """Which dead letters: those for which all that is given holds. `limit` None: all of them."""
+
+    ids: tuple[uuid.UUID, ...] | None = None
+    service: str | None = None
+    status: str | None = None
+    resolution: str | None = None
+    session: str | None = None
+    created_before: datetime | None = None
+    limit: int | None = None
 
 
 class Operations:
@@ -46,22 +62,43 @@ class Operations:
     async def check(self) -> Conservation:
         return await self._run(recount)
 
-    async def dead_letters(
-        self, *, status: str | None, service: str | None, limit: int
-    ) -> list[dict[str, Any]]:
-        """Dead letters in journal order."""
-        rows = await self._run(lambda c: c.fetch(_LETTERS["list"], status, service, limit))
-        return [dict(row) for row in rows]
+    # Dead letters
 
-    async def retry(self, ids: list[uuid.UUID] | None, *, service: str | None, status: str | None) -> int:
-        """Ask for dead letters to be retried now, by whoever delivers; returns how many were asked for."""
+    async def dead_letters(self, which: Letters) -> list[dict[str, Any]]:
+        """The whole letters, oldest message first; `payload` is the message."""
+        arguments = (
+            None if which.ids is None else list(which.ids),
+            which.service,
+            which.status,
+            which.resolution,
+            which.session,
+            which.created_before,
+            which.limit,
+        )
+        rows = await self._run(lambda c: c.fetch(_LETTERS["select"], *arguments))
+        return [{**row, "payload": parse(row["payload"].encode())} for row in rows]
 
-        async def work(connection: asyncpg.Connection) -> int:
-            rows = await connection.fetch(_LETTERS["ask_retry"], utc_now(), ids, service, status)
-            await connection.execute(_LETTERS["wake"])
-            return len(rows)
+    async def retry(self, ids: Sequence[uuid.UUID], *, actor: str) -> int:
+        """Ask whoever delivers to retry these now; returns how many could be: none that is being
+        processed, was delivered or was discarded."""
+        asked: int = await self._run(lambda c: c.fetchval(_LETTERS["retry"], utc_now(), actor, list(ids)))
+        return asked
 
-        return await self._run(work)
+    async def discard(self, ids: Sequence[uuid.UUID], *, reason: str, actor: str) -> int:
+        """Give these up for good; returns how many could be."""
+        gone: int = await self._run(
+            lambda c: c.fetchval(_LETTERS["discard"], utc_now(), actor, list(ids), reason)
+        )
+        return gone
+
+    async def edit(self, identity: uuid.UUID, message: Mapping[str, Any], *, actor: str) -> int | None:
+        """Replace the message and have it retried now. Returns the number of this edit, which becomes part
+        of the idempotency key; None when the letter is not there, or not in a state to be edited.
+        """
+        edit: int | None = await self._run(
+            lambda c: c.fetchval(_LETTERS["edit"], utc_now(), actor, identity, storable(message))
+        )
+        return edit
 
     async def became_of(self, number: str, message_id: str) -> dict[str, Any] | None:
         """Where a message is, or None when it is not known."""

@@ -1,5 +1,5 @@
-"""When a failed attempt is followed by another, and when the dead letter it becomes is due. Pure: the
-random source is a parameter.
+"""When a failed attempt is followed by another, and when the dead letter that it becomes is due, once and
+again. Pure: the random source is a parameter.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 ATTEMPTS = 3  # that are counted, in one delivery
-STANDARD_FIRST_RETRY = 300.0  # seconds: the first step of the dead letter policy `standard` (M17)
 _SHORTEST_WAIT = 0.1  # seconds; a service that asks for less would be hammered
 _LONGEST_ASKED = 86_400.0  # seconds; what a Retry-After beyond a day is taken for
 
@@ -36,6 +35,24 @@ class Backoff:
             wait = longest * (0.5 + 0.5 * self.random())
         return wait if elapsed + wait < deadline else None
 
-    def first_retry(self, asked: float | None) -> float:
-        """Seconds until the dead letter is due: when the service asked for it, else by the policy."""
-        return STANDARD_FIRST_RETRY if asked is None else min(max(asked, 0.0), _LONGEST_ASKED)
+    def put_off(self, asked: float) -> float:
+        """Seconds until the dead letter is due that the service asked to have again then."""
+        return min(max(asked, 0.0), _LONGEST_ASKED)
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """The policy of a service's dead letters: so many seconds before each retry, then it is exhausted."""
+
+    seconds: tuple[float, ...]
+
+    def due_in(self, retries: int) -> float | None:
+        """Seconds until the next retry after `retries` of them; None: there is no next one."""
+        return self.seconds[retries] if retries < len(self.seconds) else None
+
+
+REDELIVERY = {
+    "standard": Steps((300.0, 900.0, 3_600.0, 14_400.0, 43_200.0)),
+    "fast": Steps((120.0, 240.0, 480.0)),
+}
+"""The policies by name. Five retries within 17 hours, or three within 14 minutes."""

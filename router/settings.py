@@ -86,9 +86,13 @@ def load_config(
         services=reader.services(table, timeout_ms),
         routing=reader.routing(table.routing),
         limits=reader.limits(table.limits),
-        delivery=DeliveryConfig(enabled=table.delivery.enabled),
+        delivery=DeliveryConfig(
+            enabled=table.delivery.enabled,
+            dead_letter_max_age_hours=table.delivery.dead_letter_max_age_hours,
+        ),
         data_dir=directory / str(data_dir),
         database_url=reader.database_url(overrides),
+        admin_token=reader.admin_token(),
         dev=reader.dev,
         generated=reader.generated,
         **plain,
@@ -115,6 +119,11 @@ class _Reader:
 
     def report(self, name: str, message: str, fix: str) -> None:
         self.problems.append(Problem(name, message, fix))
+
+    def admin_token(self) -> str | None:
+        """Empty is as good as unset: whoever sends none must not be let in."""
+        given = self._environ.get("POSTROOM_ADMIN_TOKEN", "").strip()
+        return given or None
 
     def plain_values(self, table: FileTable, overrides: Mapping[str, object]) -> dict[str, Any]:
         values = {name: value for name in _PLAIN if (value := getattr(table, name)) is not None}
@@ -222,6 +231,7 @@ class _Reader:
                 lanes=found.lanes,
                 secret=self._service_secret(written, found.secret_env),
                 statuses=found.statuses,
+                dead_letters=found.dead_letters,
                 keywords=_words(KEYWORDS.get(name, {}), found.keywords, languages),
             )
         for name, words in KEYWORDS.items():

@@ -40,7 +40,7 @@ from actors.messages import (
 from actors.ports import Route, Unreadable
 from actors.service import Service
 from actors.session import SessionActor
-from router.retry import Backoff
+from router.retry import REDELIVERY, Backoff
 
 START = datetime(2030, 1, 1, tzinfo=UTC)
 
@@ -83,9 +83,27 @@ def delivery(*items: Incoming, answers: Answers | None = None, size: int = 10) -
 class _Letter:
     seq: int
     service: str
+    session_key: str
     status: str
+    resolution: str | None
+    due: datetime | None
+    created: datetime
+    retries: int = 0
     retry_requested: bool = False
     claimed_epoch: int | None = None
+
+    @property
+    def open(self) -> bool:
+        return self.status in ("pending", "processing")
+
+
+@dataclass(frozen=True)
+class RetryRun:
+    """A row of dlq_processing_log."""
+
+    processed: int
+    failed: int
+    error: str | None
 
 
 class MemoryJournal:
@@ -103,6 +121,7 @@ class MemoryJournal:
         self.outcomes: dict[int, Completion] = {}
         self.outbox: list[tuple[int, Mapping[str, object]]] = []
         self.letters: dict[str, _Letter] = {}
+        self.retry_runs: list[RetryRun] = []
         self.sessions: dict[str, tuple[Session, datetime]] = {}
         self.stragglers: set[int] = set()
         self.low_water = 1
@@ -249,14 +268,31 @@ class MemoryJournal:
         self.outbox.extend((seq, reply) for reply in done.replies)
         letter: DeadLetter | None = done.dead_letter
         if letter is not None:
-            self.letters[str(uuid.UUID(int=seq))] = _Letter(seq, done.service or "", letter.status)
+            self.letters[str(uuid.UUID(int=seq))] = _Letter(
+                seq,
+                done.service or "",
+                done.item.session_key,
+                letter.status,
+                letter.resolution,
+                self._due(letter),
+                self._clock(),
+            )
+
+    def _due(self, letter: DeadLetter) -> datetime | None:
+        return None if letter.retry_in is None else self._clock() + timedelta(seconds=letter.retry_in)
 
     def _complete_replay(self, done: Completion, now: datetime) -> None:
         letter = self.letters[done.item.dead_letter or ""]
         if letter.status != "processing" or letter.claimed_epoch != self.epoch:
             return
-        letter.status = "reprocessed" if done.dead_letter is None else done.dead_letter.status
-        letter.claimed_epoch = None
+        became = done.dead_letter
+        letter.status = letter.resolution = "reprocessed"
+        letter.due, counted = None, True
+        if became is not None:
+            letter.status, letter.resolution = became.status, became.resolution
+            letter.due, counted = self._due(became), became.counted
+        letter.retries += counted
+        letter.claimed_epoch, letter.retry_requested = None, False
         self.outcomes[done.item.seq] = done
         self.outbox.extend((done.item.seq, reply) for reply in done.replies)
         if done.session is not None:
@@ -277,17 +313,83 @@ class MemoryJournal:
         """As an operator does."""
         self.letters[str(uuid.UUID(int=seq))].retry_requested = True
 
-    async def claim_dead_letters(self, epoch: int, limit: int) -> list[tuple[str, int, str, int]]:
+    async def release_dead_letters(self, epoch: int, *, keep: Sequence[str] = ()) -> None:
+        await self._enter("release_dead_letters")
+        self._require(epoch)
+        for identity, letter in self.letters.items():
+            if letter.status == "processing" and identity not in keep:
+                letter.status, letter.claimed_epoch = "pending", None
+
+    async def claim_dead_letters(
+        self, epoch: int, limit: int, services: Sequence[str], *, others: bool = False
+    ) -> list[Item]:
         await self._enter("claim_dead_letters")
         self._require(epoch)
-        claimed: list[tuple[str, int, str, int]] = []
-        for identity, letter in self.letters.items():
-            asked = letter.status == "pending" and letter.retry_requested
-            left = letter.status == "processing" and (letter.claimed_epoch or 0) < epoch
-            if (asked or left) and len(claimed) < limit:
-                letter.status, letter.claimed_epoch, letter.retry_requested = "processing", epoch, False
-                claimed.append((identity, letter.seq, letter.service, 0))
+        claimed: list[Item] = []
+        for identity, letter in sorted(self.letters.items(), key=lambda pair: pair[1].seq):
+            if len(claimed) < limit and (letter.service in services) != others:
+                item = self.items[letter.seq - 1]
+                if item is not None and self._claimable(letter, others):
+                    letter.status, letter.claimed_epoch = "processing", epoch
+                    claimed.append(
+                        replace(
+                            item,
+                            dead_letter=identity,
+                            domain=letter.service,
+                            redelivered=True,
+                            joins=None,
+                            retries=letter.retries,
+                        )
+                    )
         return claimed
+
+    def _claimable(self, letter: _Letter, others: bool) -> bool:
+        same = [
+            one
+            for one in self.letters.values()
+            if (one.session_key, one.service) == (letter.session_key, letter.service) and one.open
+        ]
+        if letter.status != "pending" or any(one.status == "processing" for one in same):
+            return False
+        older = [one for one in same if one.seq < letter.seq]
+        if letter.retry_requested:
+            return not any(one.retry_requested or (not others and self._is_due(one)) for one in older)
+        return not others and self._is_due(letter) and not older
+
+    def _is_due(self, letter: _Letter) -> bool:
+        return letter.resolution == "no_service" or (letter.due is not None and letter.due <= self._clock())
+
+    async def expire_dead_letters(self, epoch: int, max_age: timedelta) -> int:
+        await self._enter("expire_dead_letters")
+        self._require(epoch)
+        old = [
+            letter
+            for letter in self.letters.values()
+            if letter.status == "pending"
+            and letter.resolution is None
+            and not letter.retry_requested
+            and letter.created < self._clock() - max_age
+        ]
+        for letter in old:
+            letter.status, letter.resolution, letter.due = "failed", "exhausted", None
+        return len(old)
+
+    async def log_retry_run(
+        self, epoch: int, *, processed: int, failed: int, error: str | None, services: Sequence[str]
+    ) -> float | None:
+        await self._enter("log_retry_run")
+        self._require(epoch)
+        self.retry_runs.append(RetryRun(processed, failed, error))
+        now = self._clock()
+        heads: dict[tuple[str, str], _Letter] = {}
+        for letter in sorted(self.letters.values(), key=lambda one: one.seq):
+            if letter.open and letter.service in services:
+                heads.setdefault((letter.session_key, letter.service), letter)
+        pending = [one for one in heads.values() if one.status == "pending"]
+        due = [now if one.resolution == "no_service" else one.due for one in pending]
+        due += [now for one in self.letters.values() if one.status == "pending" and one.retry_requested]
+        known = [one for one in due if one is not None]
+        return (min(known) - now).total_seconds() if known else None
 
     async def load_sessions(self, keys: Sequence[str]) -> Mapping[str, tuple[Session, datetime]]:
         await self._enter("load_sessions")
@@ -380,6 +482,7 @@ class Rig:
                 timeout=timeout,
                 deadline=15.0,
                 policy=Backoff(lambda: 1.0),
+                redelivery=REDELIVERY["fast"],
                 may_attempt=lambda: self.held_lease,
                 on_room=lambda service: self.dispatcher.room(service),
             )
@@ -442,7 +545,7 @@ class Rig:
         self.dispatcher.feed(result.first_seq, last, items)
 
     def replay_of(self, seq: int, domain: str) -> Item:
-        """A claimed dead letter, as the replayer offers it."""
+        """A claimed dead letter, as the retrier offers it."""
         item = self.journal.items[seq - 1]
         assert item is not None
         return replace(item, dead_letter=str(uuid.UUID(int=seq)), domain=domain, redelivered=True, joins=None)

@@ -18,7 +18,7 @@ from source_tree import PACKAGES, ROOT, imports_of, module_of, modules, sources,
 from router.cli import main
 
 LAYERS = {
-    "cli": ("router.cli", "router.__main__"),
+    "cli": ("router.cli", "router.__main__", "dlq", "command"),
     "commands": ("serve", "demo", "trial", "operations", "explain", "conservation"),
     "edge": ("edge",),
     "app": ("router", "router.app"),
@@ -260,7 +260,7 @@ def test_every_statement_is_used() -> None:
     python = "\n".join(file.read_text(encoding="utf-8") for file in sources("router"))
     for file in SQL_FILES:
         for name in re.findall(r"^-- name: (\w+)$", file.read_text(encoding="utf-8"), re.M):
-            assert f'["{name}"]' in python or f'_fetch("{name}"' in python, f"{file.name}: {name}"
+            assert re.search(rf'(\["|_fetch\(\s*"){name}"', python), f"{file.name}: {name}"
 
 
 def test_migrations_are_contiguous() -> None:

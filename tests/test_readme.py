@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import click
 import pytest
 import scenarios_kit as kit
+from tables import each
 
 from router.cli import main
 from router.config import LimitsConfig
@@ -99,7 +100,7 @@ def test_every_command_is_in_the_table() -> None:
             assert f"`postroom {path}" in table
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@each("page", PAGES)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         path, _, anchor = target.partition("#")
@@ -114,7 +115,7 @@ def test_links_lead_somewhere(page: Path) -> None:
             )
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@each("page", PAGES)
 def test_files_and_tests_that_are_named_exist(page: Path) -> None:
     file = ROOT
     for named, test in re.findall(

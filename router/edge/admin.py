@@ -1,15 +1,17 @@
-"""The admin port: quart-trio on hypercorn. Nothing hot; health for now."""
+"""The admin port: quart-trio on hypercorn. Nothing hot: health, and asking for a run of the retrier."""
 
 from __future__ import annotations
 
+import hmac
 import logging
 from collections.abc import Awaitable, Callable
+from datetime import timedelta
 from typing import Any
 
 import trio
 from hypercorn.config import Config as HypercornConfig
 from hypercorn.trio import serve as hypercorn_serve
-from quart import Response, jsonify
+from quart import Response, jsonify, request
 from quart_trio import QuartTrio
 
 from actors.errors import JournalUnavailable
@@ -17,10 +19,13 @@ from router.app import Router
 from router.edge.disconnects import withhold_disconnects
 
 PROBE_SECONDS = 5.0  # the database probe's bound (M26)
+RETRIER_LATE = timedelta(minutes=10)  # without a run for so long, it does not keep its five minutes
 
 
 def admin_app(router: Router, *, is_ready: Callable[[], bool]) -> QuartTrio:
-    """The admin application: `/health`, `/health/live`, `/health/ready`."""
+    """The admin application: `/health`, `/health/live`, `/health/ready`; and, for who has the admin token,
+    POST `/functions/v1/dlq-processor` with its `/health`.
+    """
     app = QuartTrio("postroom")
 
     @app.get("/health/live")
@@ -49,7 +54,51 @@ def admin_app(router: Router, *, is_ready: Callable[[], bool]) -> QuartTrio:
         body = {"status": status, "components": {"database": database, "delivery": delivery}}
         return jsonify(body), 200 if status == "healthy" else 503
 
+    def may_act() -> bool:
+        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+        token = router.config.admin_token
+        return (
+            token is not None
+            and scheme.lower() == "bearer"
+            and hmac.compare_digest(given.strip().encode(), token.encode())
+        )
+
+    @app.post("/functions/v1/dlq-processor")
+    async def retry_dead_letters() -> tuple[Response, int]:
+        if not may_act():
+            return _refused()
+        try:
+            await router.ask_for_retries()
+        except JournalUnavailable:
+            return jsonify({"error": "unavailable", "detail": "the database is away; ask again"}), 503
+        return jsonify({"status": "accepted"}), 202
+
+    @app.get("/functions/v1/dlq-processor/health")
+    async def retrier_health() -> tuple[Response, int]:
+        if not may_act():
+            return _refused()
+        with trio.move_on_after(PROBE_SECONDS):
+            try:
+                counts = await router.dead_letters()
+            except JournalUnavailable:
+                return jsonify({"status": "unhealthy"}), 503
+            late = counts.since_last_run is None or counts.since_last_run > RETRIER_LATE
+            body = {
+                "status": "degraded" if late else "healthy",
+                "open": counts.open,
+                "failed": counts.failed,
+                "last_run": None if counts.last_run is None else counts.last_run.isoformat(),
+            }
+            return jsonify(body), 200
+        return jsonify({"status": "unhealthy"}), 503
+
     return app
+
+
+def _refused() -> tuple[Response, int]:
+    response = jsonify({"error": "unauthorized"})
+    response.headers["WWW-Authenticate"] = "Bearer"
+    return response, 401
 
 
 async def _probe(router: Router) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from .statements import statements
 
 LEDGER_GENERATION = timedelta(days=8)  # dedup is guaranteed for 8 to 16 days (Meta redelivers for 7)
 PARTITIONS_AHEAD = 4  # weeks and months
+_RELEASED_AT_ONCE = 1_000  # dead letters
 PATIENCE = 2.0  # seconds that a flush waits for a database that is just being restarted
 
 
@@ -151,10 +152,47 @@ class PostgresJournal:
         value: bytes = (await self._fetch("dedup_key"))[0][0]
         return value
 
-    async def claim_dead_letters(self, epoch: int, limit: int) -> list[tuple[str, int, str, int]]:
-        """(id, seq, service, revision) of dead letters that are to be retried now, marked as processing."""
-        claimed = await self._fetch("claim_dead_letters", epoch, self._clock(), limit)
-        return [(str(row["id"]), row["seq"], row["service"], row["revision"]) for row in claimed]
+    # Dead letters
+
+    async def release_dead_letters(self, epoch: int, *, keep: Sequence[str] = ()) -> None:
+        last = None
+        kept = [uuid.UUID(identity) for identity in keep]
+        while True:
+            found = await self._fetch(
+                "release_dead_letters", epoch, self._clock(), kept, last, _RELEASED_AT_ONCE
+            )
+            last = found[0][0]
+            if last is None:
+                return
+
+    async def claim_dead_letters(
+        self, epoch: int, limit: int, services: Sequence[str], *, others: bool = False
+    ) -> list[Item]:
+        claimed = await self._fetch("claim_dead_letters", epoch, self._clock(), limit, list(services), others)
+        return [rows.replay_of(row) for row in claimed]
+
+    async def expire_dead_letters(self, epoch: int, max_age: timedelta) -> int:
+        now = self._clock()
+        expired: int = (await self._fetch("expire_dead_letters", epoch, now, now - max_age))[0][0]
+        return expired
+
+    async def log_retry_run(
+        self, epoch: int, *, processed: int, failed: int, error: str | None, services: Sequence[str]
+    ) -> float | None:
+        now = self._clock()
+        said = None if error is None else rows.text(error)
+        found = await self._fetch("log_retry_run", epoch, now, processed, failed, said, list(services))
+        due: datetime | None = found[0][0]
+        return None if due is None else (due - now).total_seconds()
+
+    async def ask_for_retries(self) -> None:
+        """Whoever delivers begins a run of the retrier now."""
+        await self._fetch("ask_for_run")
+
+    async def dead_letter_counts(self) -> tuple[int, int, datetime | None]:
+        """How many are pending or processing, how many failed, and when the last run ended."""
+        row = (await self._fetch("dead_letter_counts"))[0]
+        return row["open"], row["failed"], row["last_run"]
 
     async def _fetch(self, name: str, *arguments: Any) -> list[Any]:
         async def fetch() -> list[Any]:
@@ -200,4 +238,4 @@ def _appended(row: Any, now: datetime) -> Appended | Duplicates:
     )
 
 
-_SQL = {**statements("journal"), "claim_dead_letters": statements("dead_letters")["claim"]}
+_SQL = {**statements("journal"), **statements("retrier")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -113,6 +114,40 @@ def items_of(rows: Iterable[Any]) -> list[Item]:
     return items
 
 
+def replay_of(row: Any) -> Item:
+    """A claimed dead letter as its session takes it: the message from its stored bytes; from the letter when
+    it was edited, or when the bytes are gone.
+    """
+    message: Mapping[str, Any] = parse(row["payload"].encode())
+    contact: Mapping[str, Any] | None = None
+    if row["body"] is not None:
+        with suppress(LookupError):
+            stored, contact = whatsapp.item_at(parse(row["body"]), row["path"])
+            if not row["revision"]:
+                message = stored
+    wa_id, user_id = whatsapp.sender(message, contact)
+    number, _, name = row["session_key"].partition(":")
+    return Item(
+        seq=row["seq"],
+        key=f"msg_{row['id'].hex if row['key'] is None else row['key'].hex()}",
+        message_id=row["message_id"],
+        session_key=row["session_key"],
+        phone_number_id=row["phone_number_id"] or number,
+        wa_id=wa_id if wa_id or user_id else row["phone_number"] or name,
+        user_id=user_id,
+        received_at=row["received_at"],
+        correlation_id=row["correlation_id"],
+        traceparent=row["traceparent"],
+        message=message,
+        contact=contact,
+        redelivered=True,
+        dead_letter=str(row["id"]),
+        domain=row["service"],
+        revision=row["revision"],
+        retries=row["retry_count"],
+    )
+
+
 def session_of(row: Any) -> Session:
     """A stored session."""
     return Session(
@@ -206,7 +241,9 @@ def replay_arguments(completion: Completion, now: datetime) -> list[Any]:
     """postroom_complete_replay's arguments from p_id on."""
     item, letter, session = completion.item, completion.dead_letter, completion.session
     outcome, resolution, status, error, due = "delivered", "reprocessed", "reprocessed", None, None
+    counted = True
     if letter is not None:
+        counted = letter.counted
         outcome, resolution = completion.place.value, letter.resolution or ""
         status, error = letter.status, text(letter.error)
         due = None if letter.retry_in is None else now + timedelta(seconds=letter.retry_in)
@@ -221,6 +258,7 @@ def replay_arguments(completion: Completion, now: datetime) -> list[Any]:
         error,
         due,
         completion.attempts,
+        counted,
         *change,
         item.wa_id or item.user_id,
         [storable(reply) for reply in completion.replies],

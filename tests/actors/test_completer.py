@@ -16,7 +16,7 @@ from actors.errors import JournalUnavailable, LeaseLost
 from actors.kernel import Address
 from actors.messages import Completion, Place
 from actors.tree import DeliveryTree, ServiceSpec, TreeSpec
-from router.retry import Backoff
+from router.retry import REDELIVERY, Backoff
 
 
 class Desk:
@@ -133,11 +133,20 @@ async def test_a_crash_restarts_all_that_hand_it_outcomes(autojump_clock: trio.t
         journal=journal,
         routes=Talk(),
         services=(
-            ServiceSpec(name="rides", open_lane=counterpart.lane, lanes=2, timeout=4, deadline=15, waiting=5),
+            ServiceSpec(
+                name="rides",
+                open_lane=counterpart.lane,
+                lanes=2,
+                timeout=4,
+                deadline=15,
+                waiting=5,
+                redelivery=REDELIVERY["standard"],
+            ),
         ),
         retry=Backoff(lambda: 1.0),
         clock=lambda: START,
         session_ttl=timedelta(hours=24),
+        dead_letter_max_age=timedelta(hours=48),
         session_mailbox=4,
         max_live_sessions=10,
         backlog_limit=100,

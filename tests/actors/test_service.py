@@ -15,7 +15,7 @@ from actors.kernel import ActorDied, ChildSpec, MailboxFull, Strategy, Superviso
 from actors.messages import Ack, Envelope, Reject, Reply, Retry, Session
 from actors.ports import Unreadable
 from actors.service import Deliver, Delivered, Rejected, Result, Service, Undelivered
-from router.retry import STANDARD_FIRST_RETRY, Backoff
+from router.retry import REDELIVERY, Backoff
 
 Clock = trio.testing.MockClock
 
@@ -36,6 +36,7 @@ class Office:
             timeout=4.0,
             deadline=15.0,
             policy=Backoff(lambda: 1.0),
+            redelivery=REDELIVERY["standard"],
             may_attempt=lambda: self.held,
             on_room=lambda name: self.room.append(trio.current_time()),
         )
@@ -97,7 +98,7 @@ async def test_failures_are_tried_again_with_backoff_and_then_undelivered(autoju
     office = Office()
     office.script(*(Retry(reason=f"down {number}") for number in range(5)))
     async with office.open():
-        assert await office.deliver() == Undelivered("down 2", 3, STANDARD_FIRST_RETRY)
+        assert await office.deliver() == Undelivered("down 2", 3)
         assert trio.current_time() == pytest.approx(0.75)
     assert [(one.attempt, one.redelivered) for one in office.counterpart.seen] == [
         (1, False),

@@ -191,8 +191,9 @@ async def test_a_replay_goes_to_its_domain_whatever_the_session_is_in(autojump_c
         rig.say("nobody:1", "jobs:2")
         await rig.finish()
         rig.journal.request_retry(1)
-        [(identity, seq, _, _)] = await rig.journal.claim_dead_letters(1, 10)
-        replay = rig.replay_of(seq, "rides")
+        [claimed] = await rig.journal.claim_dead_letters(1, 10, ["nobody"])
+        identity = str(claimed.dead_letter)
+        replay = rig.replay_of(claimed.seq, "rides")
         assert replay.dead_letter == identity
         assert rig.dispatcher.replay(replay)
         await trio.sleep(1)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tables import each
 
 from bench.hang import Accounts, HangRound, HangRounds, HangSettings, acked_of, judge, run, what_was_lost
 from bench.load import LoadResult
@@ -58,7 +59,7 @@ def test_nothing_is_lost_while_everything_is_somewhere():
     assert what_was_lost(True, LOADS, HUNG, 4) == []
 
 
-@pytest.mark.parametrize(
+@each(
     ("accounts", "seen", "said"),
     [
         (replace(HUNG, problems=["item 3 is missing"]), 4, "item 3 is missing"),

@@ -1,6 +1,7 @@
 """The arithmetic of the benchmarks: percentiles, void rounds, ratios and goals."""
 
 import pytest
+from tables import each
 
 from bench.ack import AckRounds, AckSettings, chosen_targets, judge
 from bench.load import LoadResult
@@ -61,7 +62,7 @@ def test_percentiles_are_nearest_rank():
     assert latency_summary([0.002, 0.001]) == {"p50": 1.0, "p95": 2.0, "p99": 2.0, "p99.9": 2.0, "max": 2.0}
 
 
-@pytest.mark.parametrize(
+@each(
     ("generator", "server", "saturated"),
     [
         (0.95, 1.0, True),
@@ -81,7 +82,7 @@ def test_a_sound_round_counts():
     assert void_reasons(**{**FINE, "rows": None}) == []
 
 
-@pytest.mark.parametrize(
+@each(
     ("change", "reason"),
     [
         ({"generator_share": 0.97}, "generator at 97%"),

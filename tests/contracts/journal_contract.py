@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -57,6 +58,34 @@ class World:
 
     async def undelivered(self) -> list[int]:
         return [seq for seq, _ in (await self.journal.undelivered()).items]
+
+    async def letter(
+        self,
+        name: str,
+        sender: str = "1",
+        *,
+        service: str = "rides",
+        retry_in: float | None = 0.0,
+        resolution: str | None = None,
+    ) -> Item:
+        """A message that became a pending dead letter."""
+        [item] = await self.read((await self.append(body(message(name, sender)))).first_seq)
+        letter = DeadLetter(status="pending", resolution=resolution, error="down", retry_in=retry_in)
+        await self.complete(done(item, service=service, place=Place.DEAD_LETTER, dead_letter=letter))
+        return item
+
+    async def claim(
+        self, *services: str, limit: int = 10, others: bool = False, epoch: int | None = None
+    ) -> list[Item]:
+        return await self.journal.claim_dead_letters(
+            self.epoch if epoch is None else epoch, limit, services or ("rides",), others=others
+        )
+
+    async def next_due(self, *services: str) -> float | None:
+        """What the record of a run answers."""
+        return await self.journal.log_retry_run(
+            self.epoch, processed=0, failed=0, error=None, services=services
+        )
 
 
 def message(name: str, sender: str | None = "250788000001", user_id: str | None = None) -> dict[str, Any]:
@@ -268,8 +297,6 @@ async def a_wrong_epoch_loses_the_lease_and_changes_nothing(world: World) -> Non
     assert await world.undelivered() == [item.seq]
     assert await world.outcomes() == await world.outbox() == 0
     assert await world.journal.load_sessions([item.session_key]) == {}
-    with pytest.raises(LeaseLost):
-        await world.journal.claim_dead_letters(world.epoch, 10)
 
 
 async def load_sessions_gives_what_complete_stored(world: World) -> None:
@@ -329,6 +356,184 @@ async def the_low_water_mark_never_falls(world: World) -> None:
     assert await world.undelivered() == [first + 1]
 
 
+async def a_dead_letter_is_claimed_when_it_is_due_and_once(world: World) -> None:
+    await world.letter("later", "1", retry_in=3_600.0)
+    item = await world.letter("due", "2")
+    [replay] = await world.claim()
+    assert replay.dead_letter is not None
+    assert replay == replace(item, dead_letter=replay.dead_letter, domain="rides", redelivered=True)
+    assert await world.claim() == []
+
+
+async def the_oldest_dead_letters_are_claimed_first(world: World) -> None:
+    for name in "abcde":
+        await world.letter(name, name)
+    claims = [texts(await world.claim(limit=2)) for _ in range(4)]
+    assert claims == [["a", "b"], ["c", "d"], ["e"], []]
+
+
+async def of_a_conversation_and_service_one_dead_letter_is_out(world: World) -> None:
+    for name in ("a1", "a2", "b1"):
+        await world.letter(name, name[0])
+    await world.letter("a3", "a", service="jobs")
+    a1, b1 = await world.claim("rides")
+    assert texts([a1, b1]) == ["a1", "b1"]
+    assert texts(await world.claim("rides", "jobs")) == ["a3"]
+    await world.complete(done(b1))
+    assert await world.claim() == []
+    await world.complete(done(a1))
+    assert texts(await world.claim()) == ["a2"]
+
+
+async def a_dead_letter_waits_for_an_older_one_of_its_pair(world: World) -> None:
+    await world.letter("a1", "a", retry_in=3_600.0)
+    await world.letter("a2", "a")
+    await world.letter("a3", "a", service="jobs")
+    await world.letter("b1", "b")
+    assert texts(await world.claim("rides", "jobs")) == ["a3", "b1"]
+
+
+async def dead_letters_are_claimed_for_the_services_that_are_named(world: World) -> None:
+    await world.letter("a", "1")
+    await world.letter("b", "2", service="jobs")
+    assert await world.claim("rides", others=True) == []  # nobody asked for it
+    assert texts(await world.claim("rides", "mail")) == ["a"]
+    assert texts(await world.claim("jobs")) == ["b"]
+
+
+async def a_dead_letter_without_a_service_is_due_when_there_is_one(world: World) -> None:
+    await world.letter("a", retry_in=None, resolution="no_service")
+    assert await world.claim("jobs") == await world.claim("jobs", others=True) == []
+    assert texts(await world.claim("rides")) == ["a"]
+
+
+async def released_dead_letters_are_claimed_again(world: World) -> None:
+    for name in "abc":
+        await world.letter(name, name)
+    claimed = await world.claim()
+    assert len(claimed) == 3
+    await world.journal.release_dead_letters(world.epoch)
+    assert await world.claim() == claimed
+
+
+async def a_replay_that_was_released_changes_nothing(world: World) -> None:
+    item = await world.letter("a")
+    claimed = await world.claim()
+    await world.journal.release_dead_letters(world.epoch)
+    session = Session(key=item.session_key, phone_number_id=NUMBER, version=1)
+    await world.complete(done(claimed[0], session, replies=1))
+    assert await world.outbox() == 0
+    assert await world.journal.load_sessions([item.session_key]) == {}
+    assert await world.claim() == claimed
+
+
+async def a_repeated_complete_of_a_replay_is_harmless(world: World) -> None:
+    item = await world.letter("a")
+    [replay] = await world.claim()
+    session = Session(key=item.session_key, phone_number_id=NUMBER, version=1)
+    for _ in range(2):
+        await world.complete(done(replay, session, replies=2))
+    assert await world.outbox() == 2
+    assert await world.outcomes() == 1
+    await world.journal.release_dead_letters(world.epoch)
+    assert await world.claim() == []
+
+
+async def only_retries_that_were_not_put_off_are_counted(world: World) -> None:
+    await world.letter("a")
+    counted = []
+    for counts in (False, True, True, False, True):
+        [replay] = await world.claim()
+        counted.append(replay.retries)
+        again = DeadLetter(status="pending", resolution=None, error="?", retry_in=0.0, counted=counts)
+        await world.complete(done(replay, place=Place.DEAD_LETTER, dead_letter=again))
+    assert counted == [0, 0, 1, 2, 2]
+    assert [replay.retries for replay in await world.claim()] == [3]
+
+
+async def a_replay_that_failed_is_due_again_when_it_says_so_or_never(world: World) -> None:
+    for name in "ab":
+        await world.letter(name, name)
+    a, b = await world.claim()
+    later = DeadLetter(status="pending", resolution=None, error="down", retry_in=3_600.0)
+    never = DeadLetter(status="failed", resolution="rejected", error="no", retry_in=None)
+    await world.complete(
+        done(a, place=Place.DEAD_LETTER, dead_letter=later),
+        done(b, place=Place.REJECTED, dead_letter=never),
+    )
+    assert await world.claim() == []
+    next_due = await world.next_due("rides")
+    assert next_due is not None
+    assert 3_000 < next_due <= 3_600
+
+
+async def pending_dead_letters_expire(world: World) -> None:
+    """Not those that are out, nor those that wait for a service and not for a time."""
+    for name in "abc":
+        await world.letter(name, name)
+    await world.letter("d", "d", retry_in=3_600.0)
+    await world.letter("e", "e", service="jobs", retry_in=None, resolution="no_service")
+    assert texts(await world.claim(limit=1)) == ["a"]
+    assert await world.journal.expire_dead_letters(world.epoch, timedelta(hours=1)) == 0
+    assert await world.journal.expire_dead_letters(world.epoch, timedelta(seconds=-1)) == 3
+    assert await world.journal.expire_dead_letters(world.epoch, timedelta(seconds=-1)) == 0
+    assert await world.next_due("rides") is None
+    await world.journal.release_dead_letters(world.epoch)
+    assert texts(await world.claim("rides", "jobs")) == ["a", "e"]
+
+
+async def the_record_of_a_run_tells_when_the_next_dead_letter_is_due(world: World) -> None:
+    assert await world.next_due("rides") is None
+    await world.letter("a1", "a", retry_in=7_200.0)
+    await world.letter("a2", "a", retry_in=60.0)  # waits for a1
+    await world.letter("b1", "b", service="jobs", retry_in=600.0)
+    for services, due in ((("rides",), 7_200), (("rides", "jobs"), 600), (("jobs",), 600)):
+        told = await world.next_due(*services)
+        assert told is not None
+        assert due - 60 < told <= due
+    assert await world.next_due("mail") is None
+
+
+async def the_record_of_a_run_tells_of_one_that_was_due(world: World) -> None:
+    await world.letter("a", retry_in=-60.0)
+    told = await world.next_due("rides")
+    assert told is not None
+    assert told <= -60
+    [out] = await world.claim()
+    assert await world.next_due("rides") is None
+    await world.complete(done(out))
+    assert await world.next_due("rides") is None
+
+
+async def one_that_waited_for_a_service_is_due_now(world: World) -> None:
+    await world.letter("a", "1", retry_in=3_600.0)
+    await world.letter("b", "2", retry_in=None, resolution="no_service")
+    assert await world.next_due("rides") == 0
+    assert await world.next_due("jobs") is None
+    await world.claim()
+    told = await world.next_due("rides")
+    assert told is not None
+    assert told > 3_000
+
+
+async def dead_letters_are_for_the_epoch_in_force(world: World) -> None:
+    await world.letter("a")
+    await world.end_epoch()
+    journal = world.journal
+    with pytest.raises(LeaseLost):
+        await journal.release_dead_letters(world.epoch)
+    with pytest.raises(LeaseLost):
+        await journal.expire_dead_letters(world.epoch, timedelta(seconds=-1))
+    with pytest.raises(LeaseLost):
+        await world.claim()
+    with pytest.raises(LeaseLost):
+        await world.next_due("rides")
+    [replay] = await world.claim(epoch=world.epoch + 1)
+    with pytest.raises(LeaseLost):
+        await world.complete(done(replay, replies=1))
+    assert await world.outbox() == 0
+
+
 CONTRACT: list[Callable[[World], Awaitable[None]]] = [
     appends_get_gapless_seqs_in_order,
     duplicates_are_reported_with_their_positions,
@@ -350,4 +555,20 @@ CONTRACT: list[Callable[[World], Awaitable[None]]] = [
     an_older_session_version_does_not_overwrite_a_newer_one,
     stragglers_below_the_low_water_mark_are_still_undelivered,
     the_low_water_mark_never_falls,
+    a_dead_letter_is_claimed_when_it_is_due_and_once,
+    the_oldest_dead_letters_are_claimed_first,
+    of_a_conversation_and_service_one_dead_letter_is_out,
+    a_dead_letter_waits_for_an_older_one_of_its_pair,
+    dead_letters_are_claimed_for_the_services_that_are_named,
+    a_dead_letter_without_a_service_is_due_when_there_is_one,
+    released_dead_letters_are_claimed_again,
+    a_replay_that_was_released_changes_nothing,
+    a_repeated_complete_of_a_replay_is_harmless,
+    only_retries_that_were_not_put_off_are_counted,
+    a_replay_that_failed_is_due_again_when_it_says_so_or_never,
+    pending_dead_letters_expire,
+    the_record_of_a_run_tells_when_the_next_dead_letter_is_due,
+    the_record_of_a_run_tells_of_one_that_was_due,
+    one_that_waited_for_a_service_is_due_now,
+    dead_letters_are_for_the_epoch_in_force,
 ]

@@ -13,6 +13,7 @@ import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
+from tables import each
 
 from actors.kernel import Address
 from actors.messages import Bucket, Delivery
@@ -93,8 +94,8 @@ class TestEveryRoute:
     def test_the_paths_are_those_of_the_apps(self) -> None:
         assert Edge().webhooks.paths == PATHS
 
-    @pytest.mark.parametrize("path", Edge().webhooks.paths)
-    @pytest.mark.parametrize(
+    @each("path", Edge().webhooks.paths)
+    @each(
         "header",
         [
             None,
@@ -141,10 +142,8 @@ class TestEveryRoute:
 
 
 class TestOtherAnswers:
-    @pytest.mark.parametrize(
-        "path", ["/", "/webhooks", PATHS[0] + "/", PATHS[0] + "/x", "/WEBHOOKS/WHATSAPP"]
-    )
-    @pytest.mark.parametrize("method", [b"GET", b"POST", b"PUT"])
+    @each("path", ["/", "/webhooks", PATHS[0] + "/", PATHS[0] + "/x", "/WEBHOOKS/WHATSAPP"])
+    @each("method", [b"GET", b"POST", b"PUT"])
     async def test_another_path_is_not_found(self, path: str, method: bytes) -> None:
         edge = Edge()
         answer = await edge.ask(method, path)
@@ -153,7 +152,7 @@ class TestOtherAnswers:
         assert set(json.loads(answer.body)) == {"error", "detail"}
         assert edge.taken == []
 
-    @pytest.mark.parametrize("method", [b"PUT", b"DELETE", b"HEAD", b"OPTIONS", b"PATCH", b"post"])
+    @each("method", [b"PUT", b"DELETE", b"HEAD", b"OPTIONS", b"PATCH", b"post"])
     async def test_another_method_is_not_allowed(self, method: bytes) -> None:
         edge = Edge()
         answer = await edge.ask(method)
@@ -173,7 +172,7 @@ class TestOtherAnswers:
             assert answer.body == body or set(json.loads(answer.body)) == {"error", "detail"}
             assert headers_of(answer)["x-correlation-id"] == delivery.correlation_id
 
-    @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"object":"page"}', b"\xff", b"[" * 100_000])
+    @each("body", [b"", b"{", b"[]", b'{"object":"page"}', b"\xff", b"[" * 100_000])
     async def test_a_signed_body_is_taken_whatever_it_holds(self, body: bytes) -> None:
         edge = Edge()
         assert await edge.ask(body=body) is None
@@ -181,7 +180,7 @@ class TestOtherAnswers:
         assert [item.bucket for item in delivery.items] == [Bucket.MALFORMED]
         assert delivery.body == body
 
-    @pytest.mark.parametrize(
+    @each(
         ("path", "number", "reason"),
         [
             (PATHS[0], "1", None),
@@ -218,7 +217,7 @@ class TestHandshake:
             assert answer.content_type.startswith(b"text/plain")
         assert edge.taken == []
 
-    @pytest.mark.parametrize(
+    @each(
         "changed",
         [
             {"verify_token": "v2"},
@@ -235,9 +234,7 @@ class TestHandshake:
         assert answer.status == 403
         assert b"1158201444" not in answer.body
 
-    @pytest.mark.parametrize(
-        "query", ["", "&&&", "%", "hub.mode=subscribe", "=", "\xff", "hub.challenge=%ed%a0%80"]
-    )
+    @each("query", ["", "&&&", "%", "hub.mode=subscribe", "=", "\xff", "hub.challenge=%ed%a0%80"])
     async def test_any_query_is_answered(self, query: str) -> None:
         assert status_of(await Edge().ask(b"GET", query=query)) == 403
 
@@ -283,9 +280,7 @@ class TestHeaders:
                 assert headers["x-correlation-id"] == well_formed
                 assert headers["x-request-id"] != well_formed
 
-    @pytest.mark.parametrize(
-        "given", ["", "a b", "a\r\nX: y", "9" * 129, b"\xff", "a;b", "a\n", "é", "<script>", '"', "\0"]
-    )
+    @each("given", ["", "a b", "a\r\nX: y", "9" * 129, b"\xff", "a;b", "a\n", "é", "<script>", '"', "\0"])
     async def test_another_is_replaced(self, given: str | bytes) -> None:
         for answer in (await every_answer(x_correlation_id=given)).values():
             headers = headers_of(answer)
@@ -303,7 +298,7 @@ class TestHeaders:
         assert (first.correlation_id, first.traceparent) == ("a" * 32, TRACE.decode())
         assert (second.correlation_id, second.traceparent) == ("c-1", TRACE.decode())
 
-    @pytest.mark.parametrize(
+    @each(
         "given",
         [
             b"",

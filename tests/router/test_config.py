@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tables import each
 
 from router.config import AppConfig, Config, ConfigError, LimitsConfig, RoutingConfig, ServiceConfig
 from router.config_rules import checked, find_problems
@@ -275,6 +276,14 @@ BAD_FILES = [
         "limits.body_bytes_in_flight: 5 cannot hold one body of body_max_bytes",
     ),
     ("[delivery]\nenabled = 1", "delivery.enabled: is not true or false; fix: write true or false"),
+    (
+        "[delivery]\ndead_letter_max_age_hours = 0",
+        "delivery.dead_letter_max_age_hours: 0 is not a possible number of hours; fix: give the longest",
+    ),
+    (
+        "[services.rides]\ndead_letters = 'never'",
+        "services.rides.dead_letters: is not a policy; fix: use one of: standard, fast",
+    ),
     ("port = 65536", "port: 65536 is not a port; fix: use 1 to 65535, or 0"),
     ("admin_port = 8080", "admin_port: 8080 is the webhook port too; fix: give --admin-port another one"),
     ("host = ''", "host: is not a host; fix: give a name or an address"),
@@ -297,7 +306,7 @@ BAD_FILES = [
 ]
 
 
-@pytest.mark.parametrize(("toml", "expected"), BAD_FILES)
+@each(("toml", "expected"), BAD_FILES)
 def test_each_error_names_the_setting_and_the_fix(
     tmp_path: Path, toml: str | bytes, expected: str | None
 ) -> None:
@@ -327,6 +336,7 @@ BAD_ENVIRONMENTS = [
         {"WHATSAPP_APP_SECRET_PREVIOUS": " topsecret"},
         "WHATSAPP_APP_SECRET_PREVIOUS: has white space around it",
     ),
+    ({"POSTROOM_ADMIN_TOKEN": "short"}, "POSTROOM_ADMIN_TOKEN: is shorter than 16 characters, or has some"),
     ({"SESSION_TTL_HOURS": "a day"}, "SESSION_TTL_HOURS: is not a whole number; fix: write digits only"),
     ({"WA_ROUTER_TIMEOUT_MS": "4s"}, "WA_ROUTER_TIMEOUT_MS: is not a whole number"),
     ({"WA_CORE_P95_SLO_MS": "1.5"}, "WA_CORE_P95_SLO_MS: is not a whole number"),
@@ -362,7 +372,7 @@ BAD_ENVIRONMENTS = [
 ]
 
 
-@pytest.mark.parametrize(("environ", "expected"), BAD_ENVIRONMENTS)
+@each(("environ", "expected"), BAD_ENVIRONMENTS)
 def test_each_error_names_the_variable_and_the_fix(
     tmp_path: Path, environ: dict[str, str], expected: str
 ) -> None:
@@ -371,7 +381,7 @@ def test_each_error_names_the_variable_and_the_fix(
     assert "topsecret" not in "\n".join(lines)
 
 
-@pytest.mark.parametrize(
+@each(
     "url",
     [
         "postgresql://u:p%40ss@db.example.com:5432/app?sslmode=require",
@@ -468,7 +478,7 @@ def test_embedding_takes_one_call() -> None:
         checked(Config(apps=(AppConfig(secret="", verify_token="t"),)))
 
 
-@pytest.mark.parametrize(
+@each(
     ("text", "folded"),
     [
         ("  MARCHÉ! ", "marche"),

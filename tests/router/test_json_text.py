@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -15,6 +14,7 @@ import orjson
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tables import each
 
 from router.json_text import MAX_NESTING, encode, is_storable, parse, storable
 
@@ -49,7 +49,7 @@ def nested(levels: int) -> bytes:
 
 
 class TestParse:
-    @pytest.mark.parametrize(
+    @each(
         ("body", "value"),
         [
             (b'{"a":"\\ud800"}', {"a": "\ud800"}),
@@ -66,7 +66,7 @@ class TestParse:
     def test_nan(self) -> None:
         assert math.isnan(parse(b"NaN"))
 
-    @pytest.mark.parametrize(
+    @each(
         "body",
         [
             b"",
@@ -129,7 +129,7 @@ class TestWriting:
             too_long = any(abs(one) >= 2**63 for one in integers_of(value))
             assert back != value or too_long or not is_plain(texts_of(value))
 
-    @pytest.mark.parametrize(
+    @each(
         ("value", "text"),
         [
             ("a\0b", '"a\\ufffdb"'),
@@ -166,7 +166,7 @@ class TestStorable:
         made.append(made)
         return made
 
-    @pytest.mark.parametrize(
+    @each(
         "value",
         [
             math.nan,
@@ -182,14 +182,11 @@ class TestStorable:
             json.loads(nested(300)),
             circle(),
         ],
-        ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", repr(value)),
     )
     def test_what_would_come_back_as_something_else_is_refused(self, value: Any) -> None:
         assert not is_storable(value)
 
-    @pytest.mark.parametrize(
-        "value", [{}, [], None, "", 1.5, {"a": [1, "é", None, True, {"b": "😀"}]}, "\\u0000"]
-    )
+    @each("value", [{}, [], None, "", 1.5, {"a": [1, "é", None, True, {"b": "😀"}]}, "\\u0000"])
     def test_plain_json_is_taken(self, value: Any) -> None:
         assert is_storable(value)
 

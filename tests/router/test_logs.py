@@ -20,6 +20,7 @@ import pytest
 import structlog
 from hypothesis import given
 from hypothesis import strategies as st
+from tables import each
 
 from router.observe.logs import configure_logging, get_logger, mask_event
 from router.observe.masking import MASKED, format_exception, mask, mask_text
@@ -100,7 +101,7 @@ def test_any_event_can_be_written_as_json(event: dict[str, Any]) -> None:
     json.dumps(mask(event))
 
 
-@pytest.mark.parametrize(
+@each(
     "key",
     [
         "name",
@@ -137,7 +138,7 @@ def wamid(phone: str) -> str:
     )
 
 
-@pytest.mark.parametrize(
+@each(
     ("text", "shown"),
     [
         ("call +250 788-123-456 now", "call ***56 now"),

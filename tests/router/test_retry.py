@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.retry import ATTEMPTS, STANDARD_FIRST_RETRY, Backoff
+from router.config import DEAD_LETTER_POLICIES
+from router.retry import ATTEMPTS, REDELIVERY, Backoff
 
 SHORT, LONG = Backoff(lambda: 0.0), Backoff(lambda: 1.0)
 SECONDS = st.floats(min_value=0, max_value=1e6)
@@ -42,12 +43,19 @@ def test_nobody_is_hammered_who_asks_for_it(asked: float) -> None:
 
 
 def test_a_dead_letter_is_due_when_the_service_asked_for_it_at_most_a_day_later() -> None:
-    assert LONG.first_retry(None) == STANDARD_FIRST_RETRY == 300
-    assert LONG.first_retry(60.0) == 60
-    assert LONG.first_retry(0.0) == 0
-    assert LONG.first_retry(-1.0) == 0
-    assert LONG.first_retry(1e9) == 86_400
-    assert LONG.first_retry(float("inf")) == 86_400
+    assert LONG.put_off(60.0) == 60
+    assert LONG.put_off(0.0) == 0
+    assert LONG.put_off(-1.0) == 0
+    assert LONG.put_off(1e9) == 86_400
+    assert LONG.put_off(float("inf")) == 86_400
+
+
+def test_the_policies_of_dead_letters() -> None:
+    assert tuple(REDELIVERY) == DEAD_LETTER_POLICIES
+    standard, fast = ([policy.due_in(retries) for retries in range(7)] for policy in REDELIVERY.values())
+    minutes, hours = 60.0, 3_600.0
+    assert standard == [5 * minutes, 15 * minutes, hours, 4 * hours, 12 * hours, None, None]
+    assert fast == [2 * minutes, 4 * minutes, 8 * minutes, None, None, None, None]
 
 
 @given(
@@ -65,4 +73,4 @@ def test_a_wait_is_positive_and_within_the_deadline(
         assert wait > 0
         assert elapsed + wait < deadline
         assert asked is not None or failed < ATTEMPTS
-    assert 0 <= LONG.first_retry(asked) <= 86_400
+    assert asked is None or 0 <= LONG.put_off(asked) <= 86_400

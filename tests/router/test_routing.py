@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tables import each
 
 from actors.messages import Item, Session
 from actors.ports import Route
@@ -110,10 +111,8 @@ class TestOrder:
 
 
 class TestActions:
-    @pytest.mark.parametrize(
-        ("action", "words"), [("menu", MENU), ("home", HOME), ("exit", EXIT)], ids=["menu", "home", "exit"]
-    )
-    @pytest.mark.parametrize("active", [None, "wallet"])
+    @each(("action", "words"), [("menu", MENU), ("home", HOME), ("exit", EXIT)])
+    @each("active", [None, "wallet"])
     def test_every_word_works_also_while_a_service_has_the_conversation(
         self, action: str, words: Mapping[str, Sequence[str]], active: str | None
     ) -> None:
@@ -123,7 +122,7 @@ class TestActions:
             assert route.leave
             assert len(route.replies) == 1
 
-    @pytest.mark.parametrize(
+    @each(
         ("word", "start"),
         [("exit", "Goodbye"), ("sortir", "Au revoir"), ("sohoka", "Murabeho"), ("toka", "Kwaheri")],
     )
@@ -148,13 +147,13 @@ class TestActions:
 
 
 class TestButtons:
-    @pytest.mark.parametrize("id", ["rides", "mobility", "rides:book", "rides.book.now", "mobility:1"])
-    @pytest.mark.parametrize("kind", ["button_reply", "list_reply"])
+    @each("id", ["rides", "mobility", "rides:book", "rides.book.now", "mobility:1"])
+    @each("kind", ["button_reply", "list_reply"])
     def test_an_id_names_a_domain(self, id: str, kind: str) -> None:
         assert where(decide(pressed(id, kind))) == ("button", "rides")
         assert where(decide(button(id))) == ("button", "rides")
 
-    @pytest.mark.parametrize("id", ["ridesharing", "Rides", "book:rides", "", 5, None, ["rides"], "menu:1"])
+    @each("id", ["ridesharing", "Rides", "book:rides", "", 5, None, ["rides"], "menu:1"])
     def test_anything_else_does_not(self, id: object) -> None:
         assert where(decide(pressed(id), "wallet")) == ("active_service", "wallet")
         assert where(decide(button(id), "wallet")) == ("active_service", "wallet")
@@ -175,19 +174,17 @@ class TestButtons:
 
 
 class TestWords:
-    @pytest.mark.parametrize("domain", KEYWORDS)
+    @each("domain", KEYWORDS)
     def test_every_keyword_routes_in_any_case_alone_and_in_a_sentence(self, domain: str) -> None:
         for word in chain.from_iterable(KEYWORDS[domain].values()):
             assert where(decide(word.upper())) == ("keyword", domain), word
             assert where(decide(f"xx, {word.title()}? xx")) == ("keyword", domain), word
 
-    @pytest.mark.parametrize(
-        "text", ["marche", "MARCHÉ", "marche\u0301", "le Marché,", "(marché)", "marché\n"]
-    )
+    @each("text", ["marche", "MARCHÉ", "marche\u0301", "le Marché,", "(marché)", "marché\n"])
     def test_accents_and_punctuation_do_not_matter(self, text: str) -> None:
         assert decide(text).domain == "marketplace"
 
-    @pytest.mark.parametrize("text", ["taxis", "taxidermy", "taxi1", "xtaxi", "prejob", "payback"])
+    @each("text", ["taxis", "taxidermy", "taxi1", "xtaxi", "prejob", "payback"])
     def test_only_whole_words_count(self, text: str) -> None:
         assert where(decide(text)) == ("fallback", None)
         assert where(decide(f"a {text} b")) == ("fallback", None)
@@ -218,7 +215,7 @@ class TestWords:
     def test_a_caption_has_words(self, kind: str) -> None:
         assert decide({"type": kind, kind: {"id": "1", "caption": "my taxi"}}).domain == "rides"
 
-    @pytest.mark.parametrize("text", ["", " ", "!?", "\u200b", "🙂"])
+    @each("text", ["", " ", "!?", "\u200b", "🙂"])
     def test_a_text_without_words_claims_nothing(self, text: str) -> None:
         services = {"a": ServiceConfig(name="a", keywords={"en": ("!!", "taxi")})}
         assert where(decide(text, routes=Routes(RoutingConfig(menu={"en": ("?",)}), services))) == (
@@ -237,16 +234,14 @@ class TestFallback:
         assert where(decide("hello", routes=routes)) == ("fallback", "ai_agents")
         assert where(decide({"type": "reaction"}, routes=routes)) == ("fallback", "ai_agents")
 
-    @pytest.mark.parametrize("kind", ["reaction", "system", "unsupported", "edit", "revoke"])
+    @each("kind", ["reaction", "system", "unsupported", "edit", "revoke"])
     def test_what_asks_nothing_is_answered_with_nothing(self, kind: str) -> None:
         message = {"type": kind, kind: {"emoji": "👍"}}
         assert where(decide(message)) == ("fallback", None)
         assert decide(message).replies == ()
         assert decide(message, "wallet").domain == "wallet"
 
-    @pytest.mark.parametrize(
-        "kind", ["text", "image", "audio", "location", "hologram", "request_welcome", None, []]
-    )
+    @each("kind", ["text", "image", "audio", "location", "hologram", "request_welcome", None, []])
     def test_what_else_there_is_gets_the_menu(self, kind: object) -> None:
         assert len(decide({"type": kind, "image": {"id": "1"}}).replies) == 1
 
@@ -258,7 +253,7 @@ class TestFallback:
 class TestHomeMenu:
     menu = HomeMenu(ROWS)
 
-    @pytest.mark.parametrize(
+    @each(
         ("country", "language", "expected"),
         [
             (None, "en", ["Rides", "Jobs"]),
@@ -275,7 +270,7 @@ class TestHomeMenu:
     ) -> None:
         assert [row.title for row in self.menu.rows(country, language)] == expected
 
-    @pytest.mark.parametrize(
+    @each(
         ("wa_id", "country"),
         [
             ("250788000001", "RW"),

@@ -247,14 +247,14 @@ class TestCompletions:
     @pytest.mark.parametrize(
         ("letter", "expected"),
         [
-            (None, ["delivered", "reprocessed", "reprocessed", None, None]),
+            (None, ["delivered", "reprocessed", "reprocessed", None, None, 1, True]),
             (
                 DeadLetter(status="failed", resolution="rejected", error="no\0", retry_in=None),
-                ["rejected", "rejected", "failed", "no\ufffd", None],
+                ["rejected", "rejected", "failed", "no\ufffd", None, 1, True],
             ),
             (
-                DeadLetter(status="pending", resolution=None, error="later", retry_in=60.0),
-                ["rejected", None, "pending", "later", NOW + timedelta(seconds=60)],
+                DeadLetter(status="pending", resolution=None, error="later", retry_in=60.0, counted=False),
+                ["rejected", None, "pending", "later", NOW + timedelta(seconds=60), 1, False],
             ),
         ],
     )
@@ -270,12 +270,11 @@ class TestCompletions:
             dead_letter=letter,
         )
         arguments = rows.replay_arguments(completion, NOW)
-        assert len(arguments) == 16
+        assert len(arguments) == 17
         assert arguments[0].int == 1
-        assert arguments[1:6] == expected
-        assert arguments[6] == 1
-        assert (arguments[7] is None) is (letter is not None)
-        assert arguments[14:] == ["250", ['{"type":"text"}']]
+        assert arguments[1:8] == expected
+        assert (arguments[8] is None) is (letter is not None)
+        assert arguments[15:] == ["250", ['{"type":"text"}']]
 
     @given(st.text())
     def test_text_is_what_postgres_takes(self, value: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tables import each
 
 from actors.messages import Bucket, Delivery, Incoming, Kind
 from router.channels import whatsapp
@@ -77,7 +78,7 @@ class TestSignature:
         assert signature_is_valid(header, self.body, self.secrets)
         assert signature_is_valid(header.encode(), self.body, self.secrets)
 
-    @pytest.mark.parametrize(
+    @each(
         "header",
         [
             None,
@@ -143,7 +144,7 @@ class TestHandshake:
     def test_each_part_is_needed(self, missing: str) -> None:
         assert challenge([pair for pair in self.right if pair[0] != missing], "toké") is None
 
-    @pytest.mark.parametrize(
+    @each(
         ("name", "value"),
         [
             ("hub.mode", "unsubscribe"),
@@ -182,7 +183,7 @@ EVERY_MESSAGE = [
 
 
 class TestMessages:
-    @pytest.mark.parametrize("message", EVERY_MESSAGE, ids=lambda message: message["type"])
+    @each("message", EVERY_MESSAGE)
     def test_every_type_is_a_message_for_a_session(self, message: Json) -> None:
         (item,) = items(one_change(messages=[message], contacts=[CONTACT]))
         assert (item.kind, item.bucket, item.deduplicated) == (Kind.MESSAGE, None, True)
@@ -199,20 +200,20 @@ class TestMessages:
         assert item.message["context"] == {"forwarded": True}
         assert item.message["referral"] == {"ctwa_clid": "x"}
 
-    @pytest.mark.parametrize("type", [None, 5, [], {"a": 1}, "", "a\0b", "\ud800", "x" * 2000])
+    @each("type", [None, 5, [], {"a": 1}, "", "a\0b", "\ud800", "x" * 2000])
     def test_a_type_that_cannot_be_stored_is_no_error(self, type: object) -> None:
         (item,) = items(with_messages({"id": "a", "from": "1", "type": type}))
         assert item.bucket is None
         assert item.type is None
 
-    @pytest.mark.parametrize("stamp", [None, "", "soon", "-1", "9" * 400, 1e300, [], {"a": 1}, "0", True])
+    @each("stamp", [None, "", "soon", "-1", "9" * 400, 1e300, [], {"a": 1}, "0", True])
     def test_the_time_of_a_message_decides_nothing(self, stamp: object) -> None:
         (item,) = items(with_messages({"id": "a", "from": "1", "timestamp": stamp}))
         assert item.bucket is None
         assert item.message is not None
         assert item.message["timestamp"] == stamp
 
-    @pytest.mark.parametrize(
+    @each(
         ("message", "reason"),
         [
             ({"from": "1"}, "no_id"),
@@ -323,8 +324,8 @@ class TestNumbers:
         assert {(item.bucket, item.reason) for item in found} == {(Bucket.MALFORMED, "foreign_number")}
         assert not any(item.deduplicated for item in found)  # the true owner's must not be a duplicate
 
-    @pytest.mark.parametrize("number", [None, "", 5, [], "1\0", "\ud800", "1" * 600])
-    @pytest.mark.parametrize("metadata", [True, False])
+    @each("number", [None, "", 5, [], "1\0", "\ud800", "1" * 600])
+    @each("metadata", [True, False])
     def test_without_a_number_there_is_no_conversation(self, number: object, metadata: bool) -> None:
         value = {"metadata": {"phone_number_id": number} if metadata else number, "messages": [HEAD.__dict__]}
         (item,) = items(written(value))
@@ -333,7 +334,7 @@ class TestNumbers:
 
 
 class TestStatuses:
-    @pytest.mark.parametrize(
+    @each(
         ("name", "rank"),
         [
             ("sent", 1),
@@ -357,7 +358,7 @@ class TestStatuses:
         assert rank["sent"] < rank["delivered"] < rank["read"]
         assert rank["failed"] <= rank["delivered"]
 
-    @pytest.mark.parametrize(
+    @each(
         ("status", "reason"),
         [
             ({"status": "sent"}, "no_id"),
@@ -373,9 +374,7 @@ class TestStatuses:
         (item,) = items(written({"metadata": {"phone_number_id": NUMBER}, "statuses": [status]}))
         assert (item.kind, item.bucket, item.reason) == (Kind.STATUS, Bucket.MALFORMED, reason)
 
-    @pytest.mark.parametrize(
-        "stamp", [None, "x", "-5", -5, "9" * 5000, 253_402_300_800, 1.5, True, [], "1" * 30]
-    )
+    @each("stamp", [None, "x", "-5", -5, "9" * 5000, 253_402_300_800, 1.5, True, [], "1" * 30])
     def test_a_time_that_cannot_be_is_none(self, stamp: object) -> None:
         body = written(
             {
@@ -390,7 +389,7 @@ class TestStatuses:
 
 
 class TestOtherChanges:
-    @pytest.mark.parametrize(
+    @each(
         "field",
         [
             "message_template_status_update",
@@ -408,7 +407,7 @@ class TestOtherChanges:
         )
         assert (item.kind, item.bucket, item.reason) == (Kind.CHANGE, Bucket.HANDLED, field)
 
-    @pytest.mark.parametrize("field", [None, 5, [], "a\0b", "\ud800", "x" * 600])
+    @each("field", [None, 5, [], "a\0b", "\ud800", "x" * 600])
     def test_a_field_without_a_name_is_handled_too(self, field: object) -> None:
         (item,) = items(written({}, field))
         assert (item.bucket, item.reason) == (Bucket.HANDLED, "unknown_field")
@@ -417,7 +416,7 @@ class TestOtherChanges:
         (item,) = items(one_change(errors=[payloads.error(131051, "t", "d")]))
         assert (item.kind, item.bucket, item.reason) == (Kind.ERROR, Bucket.HANDLED, "error")
 
-    @pytest.mark.parametrize(
+    @each(
         ("value", "bucket", "reason"),
         [
             ({"metadata": {"phone_number_id": NUMBER}}, Bucket.HANDLED, "messages"),
@@ -433,7 +432,7 @@ class TestOtherChanges:
 
 
 class TestBodies:
-    @pytest.mark.parametrize(
+    @each(
         ("body", "reason"),
         [
             (b"", "unparseable"),
@@ -465,7 +464,7 @@ class TestBodies:
         assert found.body == body
         assert found.without(frozenset({0})) is None
 
-    @pytest.mark.parametrize("entry", [None, 5, {}, {"changes": None}, {"changes": []}, {"changes": {}}])
+    @each("entry", [None, 5, {}, {"changes": None}, {"changes": []}, {"changes": {}}])
     def test_an_entry_without_changes_is_one_malformed_item(self, entry: object) -> None:
         body = json.dumps({"object": "whatsapp_business_account", "entry": [entry]}).encode()
         (item,) = items(body)
@@ -742,9 +741,7 @@ class TestAnything:
         assert rest is not None
         assert [item.reason for item in rest.items] == ["no_changes", None]
 
-    @pytest.mark.parametrize(
-        "path", ["", "0", "0.0", "0.0.m1", "0.0.s0", "0.0.mx", "0.0.m", "1.0.m0", "a.b.c", "0.0.m0.0"]
-    )
+    @each("path", ["", "0", "0.0", "0.0.m1", "0.0.s0", "0.0.mx", "0.0.m", "1.0.m0", "a.b.c", "0.0.m0.0"])
     def test_a_path_to_nothing_is_a_lookup_error(self, path: str) -> None:
         document = json.loads(with_messages({"id": "a", "from": "1"}))
         assert item_at(document, "0.0.m0")[0]["id"] == "a"

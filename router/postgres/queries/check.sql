@@ -55,6 +55,7 @@ UNION ALL
 SELECT 'dead letter without its outcome', d.seq FROM webhook_dlq d
   LEFT JOIN message_outcomes o ON o.seq = d.seq AND o.received_at = d.received_at
  WHERE o.seq IS NULL OR (d.status = 'reprocessed') <> (o.outcome = 'delivered')
+    OR (d.resolution IS NOT DISTINCT FROM 'discarded') <> (o.outcome = 'discarded')
 UNION ALL
 SELECT 'unfinished item that the recovery would not find', i.seq FROM whatsapp_messages_items i
  CROSS JOIN delivery_tallies t

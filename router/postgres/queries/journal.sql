@@ -57,7 +57,7 @@ SELECT postroom_complete($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13,
                          $38, $39);
 
 -- name: complete_replay
-SELECT postroom_complete_replay($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18);
+SELECT postroom_complete_replay($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19);
 
 -- name: bound_lock_waits
 SET lock_timeout = '2s';

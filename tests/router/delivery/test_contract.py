@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
+from tables import each
 
 from actors.messages import UNCHANGED, Ack, Envelope, Reply, Session, SessionChange
 from actors.ports import Unreadable
@@ -108,7 +109,7 @@ class TestBody:
     def test_every_body_fits_the_schema(self, envelope: Envelope) -> None:
         FITS_DELIVERY.validate(json.loads(body_of(envelope), parse_constant=pytest.fail))
 
-    @pytest.mark.parametrize(
+    @each(
         ("name", "value"),
         [
             ("version", 2),
@@ -134,7 +135,7 @@ def fields_of(envelope: Envelope) -> dict[str, Any]:
 
 
 class TestAnswer:
-    @pytest.mark.parametrize("body", [b"", b" \r\n", b"{}", b'{"replies":[],"session":null}', b'{"more":1}'])
+    @each("body", [b"", b" \r\n", b"{}", b'{"replies":[],"session":null}', b'{"more":1}'])
     def test_nothing_said_is_an_ack(self, body: bytes) -> None:
         assert read(body) == Ack(session=None)
 
@@ -148,7 +149,7 @@ class TestAnswer:
             Reply(message={"type": "text", "text": {"body": "three"}}),
         )
 
-    @pytest.mark.parametrize(
+    @each(
         ("session", "active", "state"),
         [
             ({}, UNCHANGED, UNCHANGED),
@@ -163,7 +164,7 @@ class TestAnswer:
     ) -> None:
         assert read({"session": session}) == Ack(session=SessionChange(active_service=active, state=state))  # type: ignore[arg-type]
 
-    @pytest.mark.parametrize(
+    @each(
         ("body", "reason"),
         [
             (b"OK", "not JSON"),
@@ -245,7 +246,7 @@ class TestAnswer:
 class TestChecked:
     """What a handler in process may hand over, whatever its annotations say."""
 
-    @pytest.mark.parametrize(
+    @each(
         "ack",
         [
             Ack(None),  # type: ignore[arg-type]
@@ -264,7 +265,6 @@ class TestChecked:
             Ack(session=SessionChange(state={1: 2})),  # type: ignore[dict-item]
             Ack(session=SessionChange(state={"n": math.inf})),
         ],
-        ids=repr,
     )
     def test_what_could_not_be_committed_is_unreadable(self, ack: Ack) -> None:
         assert isinstance(checked(ack, known), Unreadable)

@@ -21,6 +21,7 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 from standardwebhooks.webhooks import Webhook
+from tables import each
 
 from actors.messages import Ack, Envelope, Reject, Reply, Retry, Session
 from actors.ports import Unreadable
@@ -192,7 +193,7 @@ class TestRequest:
 
 
 class TestConnection:
-    @pytest.mark.parametrize(
+    @each(
         "answer",
         [
             ok(),
@@ -336,8 +337,8 @@ class TestAnswers:
                 assert await lane.attempt(ENVELOPE) == result, status
             assert len(service.requests) == 1
 
-    @pytest.mark.parametrize("status", [429, 503])
-    @pytest.mark.parametrize(
+    @each("status", [429, 503])
+    @each(
         ("value", "after"),
         [
             ("7", 7.0),
@@ -347,7 +348,6 @@ class TestAnswers:
             ("soon", None),
             ("", None),
         ],
-        ids=["seconds", "zero", "a date to come", "a date gone by", "a word", "nothing"],
     )
     async def test_retry_after(self, status: int, value: str, after: float | None) -> None:
         answer = ok(b"", b"retry-AFTER: " + value.encode(), status=b"%d X" % status)
@@ -396,7 +396,7 @@ class TestAnswers:
             reason="connection closed before the end of an answer"
         )
 
-    @pytest.mark.parametrize(
+    @each(
         "answer",
         [
             b"hello\r\n\r\n",
@@ -448,7 +448,7 @@ class TestAnswers:
 
 
 class TestRetryAfter:
-    @pytest.mark.parametrize(
+    @each(
         ("value", "seconds"),
         [
             (None, None),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import trio
+from tables import each
 
 from actors.messages import Ack, Envelope, Reject, Reply, Retry, Session, SessionChange
 from actors.ports import Unreadable
@@ -39,7 +40,7 @@ async def returning(outcome: object) -> Any:
     return await attempt(handler)
 
 
-@pytest.mark.parametrize(
+@each(
     "outcome",
     [
         Ack(),
@@ -53,7 +54,7 @@ async def test_an_outcome_is_taken_as_it_is(outcome: object) -> None:
     assert await returning(outcome) == outcome
 
 
-@pytest.mark.parametrize("outcome", [None, True, "ok", {"replies": []}, Ack])
+@each("outcome", [None, True, "ok", {"replies": []}, Ack])
 async def test_anything_else_is_a_failed_attempt(outcome: object) -> None:
     result = await returning(outcome)
     assert isinstance(result, Retry)
@@ -65,7 +66,7 @@ async def test_an_ack_that_cannot_be_committed_is_delivered_and_unreadable() -> 
     assert isinstance(await returning(Ack(None)), Unreadable)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("after", [math.nan, math.inf, "5", []])
+@each("after", [math.nan, math.inf, "5", []])
 async def test_a_wait_that_is_no_time_leaves_it_to_the_router(after: Any) -> None:
     result = await returning(Retry(after))
     assert isinstance(result, Retry)

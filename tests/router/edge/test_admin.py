@@ -6,6 +6,7 @@ import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +15,12 @@ import trio
 from wire import GONE, Answer, connected, get
 
 from actors.errors import JournalUnavailable
+from router.app import DeadLetterCounts
 from router.edge import admin
 from router.edge.admin import admin_app, serve_admin
+
+START = datetime(2030, 1, 1, tzinfo=UTC)
+RETRIER = "/functions/v1/dlq-processor"
 
 
 @dataclass
@@ -27,6 +32,22 @@ class StandIn:
     away: bool = False
     hangs: bool = False
     probes: list[float] = field(default_factory=list)
+    token: str | None = "a-token-of-20-letters"
+    asked: int = 0
+    since_last_run: timedelta | None = timedelta(minutes=1)
+
+    @property
+    def config(self) -> Any:
+        return SimpleNamespace(admin_token=self.token)
+
+    async def ask_for_retries(self) -> None:
+        await self.probe()
+        self.asked += 1
+
+    async def dead_letters(self) -> DeadLetterCounts:
+        await self.probe()
+        since = self.since_last_run
+        return DeadLetterCounts(3, 2, None if since is None else START - since, since)
 
     async def probe(self) -> None:
         self.probes.append(trio.current_time())
@@ -152,3 +173,50 @@ class TestServing:
             assert raised.group_contains(OSError)
         del raised
         gc.collect()  # hypercorn forgets the socket that it could not bind
+
+
+class TestRetrier:
+    async def call(
+        self, router: StandIn, method: str, path: str, authorization: str | None
+    ) -> tuple[int, Any]:
+        client = admin_app(router, is_ready=lambda: True).test_client()  # type: ignore[arg-type]
+        headers = {} if authorization is None else {"Authorization": authorization}
+        response = await client.open(path, method=method, headers=headers)
+        return response.status_code, await response.get_json()
+
+    @pytest.mark.parametrize(("method", "path"), [("POST", RETRIER), ("GET", f"{RETRIER}/health")])
+    async def test_only_who_has_the_token_is_let_in(self, method: str, path: str) -> None:
+        refused = (401, {"error": "unauthorized"})
+        for authorization in (
+            None, "", "Bearer", "Bearer ", "Bearer a-token-of-20-letter", "Bearer A-TOKEN-OF-20-LETTERS",
+            "Basic a-token-of-20-letters", "a-token-of-20-letters", "Bearer \u00e9",
+        ):  # fmt: skip
+            router = StandIn()
+            assert await self.call(router, method, path, authorization) == refused, authorization
+            assert router.asked == len(router.probes) == 0
+        for authorization in ("Bearer a-token-of-20-letters", "Bearer None", "Bearer "):
+            assert await self.call(StandIn(token=None), method, path, authorization) == refused
+        status, _ = await self.call(StandIn(), method, path, "bearer a-token-of-20-letters")
+        assert status in (200, 202)
+
+    async def test_a_run_is_asked_for(self) -> None:
+        router = StandIn()
+        answer = await self.call(router, "POST", RETRIER, f"Bearer {router.token}")
+        assert answer == (202, {"status": "accepted"})
+        assert router.asked == 1
+
+    @pytest.mark.parametrize(("method", "path"), [("POST", RETRIER), ("GET", f"{RETRIER}/health")])
+    async def test_without_a_database(self, method: str, path: str) -> None:
+        status, _ = await self.call(StandIn(away=True), method, path, "Bearer a-token-of-20-letters")
+        assert status == 503
+
+    @pytest.mark.parametrize(
+        ("since", "state"),
+        [(timedelta(minutes=5), "healthy"), (timedelta(minutes=11), "degraded"), (None, "degraded")],
+    )
+    async def test_its_health(self, since: timedelta | None, state: str) -> None:
+        router = StandIn(since_last_run=since)
+        status, body = await self.call(router, "GET", f"{RETRIER}/health", f"Bearer {router.token}")
+        assert status == 200
+        last_run = None if since is None else (START - since).isoformat()
+        assert body == {"status": state, "open": 3, "failed": 2, "last_run": last_run}

@@ -12,6 +12,7 @@ import pytest
 import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import each
 from wire import GONE, Edge, Wire, chunked, get, listening, post, response, until
 
 from router.accept import Request, Respond
@@ -283,7 +284,7 @@ def test_good_requests_are_all_seen_however_they_are_cut(parts: list[bytes], cut
     trio.run(run)
 
 
-@pytest.mark.parametrize(
+@each(
     ("data", "bodies"),
     [
         (post(b"hello") + chunked(b"a", b"bc", trailers=b"X: 1\r\n") + get(), [b"hello", b"abc", b""]),

@@ -8,6 +8,7 @@ import random
 
 import pytest
 import trio
+from tables import each
 from wire import chunked, get, listening, post, response, settled, until
 
 from router.accept import Request, Respond
@@ -61,7 +62,7 @@ class TestRequests:
             assert b"x-hub-signature-256" not in request.headers
             assert request.headers[b"host"] == b"here"
 
-    @pytest.mark.parametrize("sizes", [[1] * 5_000, [70_000] * 3, [2] * 1_023, [2] * 1_025])
+    @each("sizes", [[1] * 5_000, [70_000] * 3, [2] * 1_023, [2] * 1_025])
     async def test_a_body_is_put_together_again(self, sizes: list[int]) -> None:
         rng = random.Random(1)
         pieces = [rng.randbytes(size) for size in sizes]
@@ -83,7 +84,7 @@ class TestOrder:
             await wire.send(*(post(path=path) for path in paths))
             assert [(await wire.answer()).body for _ in paths] == paths
 
-    @pytest.mark.parametrize("seed", range(8))
+    @each("seed", range(8))
     async def test_also_when_their_flushes_end_out_of_order(self, seed: int) -> None:
         rng = random.Random(seed)
         async with listening() as edge, edge.connect() as wire:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import trio
+from tables import each
 from wire import GONE, chunked, get, listening, post, response, settled, until
 
 from router.config import LimitsConfig
@@ -63,8 +64,8 @@ async def test_all_that_was_taken_from_a_pipeline_is_answered() -> None:
         assert b"/late" not in edge.taker.paths
 
 
-@pytest.mark.parametrize("data", [post(), chunked(b"x", b"y"), get()], ids=["post", "chunked", "get"])
-@pytest.mark.parametrize("sent", [5, -1])
+@each("data", [post(), chunked(b"x", b"y"), get()])
+@each("sent", [5, -1])
 async def test_a_half_read_request_is_finished(data: bytes, sent: int) -> None:
     async with listening() as edge, edge.connect() as wire:
         await wire.send(get(b"/before"), data[:sent])

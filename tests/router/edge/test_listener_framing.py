@@ -4,7 +4,7 @@ never taken for a request.
 
 from __future__ import annotations
 
-import pytest
+from tables import each
 from wire import chunked, get, listening, post, response
 
 HEAD = b"POST /first HTTP/1.1\r\nHost: a\r\n"
@@ -121,7 +121,7 @@ TAKEN: dict[str, tuple[bytes, bytes]] = {
 WHOLE, BYTE_BY_BYTE = 1_000_000, 1
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@each("case", REFUSED)
 async def test_refused(case: str) -> None:
     data = REFUSED[case] + SMUGGLED
     async with listening() as edge:
@@ -143,7 +143,7 @@ async def test_refused(case: str) -> None:
         await edge.is_alive()
 
 
-@pytest.mark.parametrize("case", TAKEN)
+@each("case", TAKEN)
 async def test_taken(case: str) -> None:
     data, body = TAKEN[case]
     data += get(b"/next")
@@ -158,7 +158,7 @@ async def test_taken(case: str) -> None:
                 edge.taker.seen.clear()
 
 
-@pytest.mark.parametrize("case", ["CL and TE", "bare LF after a field", "chunk size a word", "CONNECT"])
+@each("case", ["CL and TE", "bare LF after a field", "chunk size a word", "CONNECT"])
 async def test_what_came_before_is_answered_first(case: str) -> None:
     async with listening() as edge, edge.connect() as wire:
         edge.taker.hold = True

@@ -5,7 +5,8 @@ views, dead letters. What every journal promises is in tests/contracts.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator
+import uuid
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -21,6 +22,8 @@ from actors.errors import JournalRefused, JournalUnavailable, LeaseLost
 from actors.messages import Appended, Completion, DeadLetter, Delivery, Duplicates, Item, Place, Session
 from router.channels.whatsapp import Splitter
 from router.conservation import recount
+from router.json_text import storable
+from router.postgres import journal as journal_module
 from router.postgres.journal import PostgresJournal
 from router.postgres.statements import statements
 
@@ -51,9 +54,10 @@ async def appended(journal: PostgresJournal, *deliveries: Delivery) -> Appended:
     return result
 
 
-async def stored(journal: PostgresJournal, name: str) -> Item:
-    """One journaled text message."""
-    [item] = await journal.read([(await appended(journal, body(message(name)))).first_seq])
+async def stored(journal: PostgresJournal, name: str, sender: str = "1", **fields: Any) -> Item:
+    """One journaled text message, with these fields beside the usual ones."""
+    result = await appended(journal, body({**message(name, sender), **fields}))
+    [item] = await journal.read([result.first_seq])
     return item
 
 
@@ -395,30 +399,77 @@ class TestStatuses:
 
 
 PENDING = DeadLetter(status="pending", resolution=None, error="down", retry_in=60.0)
+DUE = replace(PENDING, retry_in=0.0)
+NOBODY = replace(PENDING, resolution="no_service", retry_in=None, counted=False)
+REJECTED = DeadLetter(status="failed", resolution="rejected", error="no", retry_in=None)
 
 
 class TestDeadLetters:
-    async def letter(self, journal: PostgresJournal, epoch: int) -> Item:
-        item = await stored(journal, "a")
-        await complete(journal, epoch, done(item, place=Place.DEAD_LETTER, dead_letter=PENDING))
+    async def letter(
+        self,
+        journal: PostgresJournal,
+        epoch: int,
+        name: str = "a",
+        letter: DeadLetter = PENDING,
+        *,
+        sender: str = "1",
+        service: str = "rides",
+        **fields: Any,
+    ) -> Item:
+        """A message that became a dead letter."""
+        item = await stored(journal, name, sender, **fields)
+        place = Place.REJECTED if letter.resolution == "rejected" else Place.DEAD_LETTER
+        await complete(journal, epoch, done(item, service=service, place=place, dead_letter=letter))
         return item
 
-    async def ask(self, database: Database) -> int:
-        asked = await database.fetch(_DEAD_LETTERS["ask_retry"], datetime.now(UTC), None, None, None)
-        return len(asked)
+    async def act(self, database: Database, name: str, *arguments: Any, seq: int | None = None) -> Any:
+        """`retry` or `discard` all letters, or the one with this seq, as this operator."""
+        ids = await self.ids(database, seq)
+        return await database.value(_DEAD_LETTERS[name], datetime.now(UTC), "cli:ada", ids, *arguments)
+
+    async def ask(self, database: Database, seq: int | None = None) -> int:
+        asked: int = await self.act(database, "retry", seq=seq)
+        return asked
+
+    async def edit(self, database: Database, item: Item, edited: Mapping[str, Any]) -> int | None:
+        [identity] = await self.ids(database, item.seq)
+        revision: int | None = await database.value(
+            _DEAD_LETTERS["edit"], datetime.now(UTC), "cli:ada", identity, storable(edited)
+        )
+        return revision
+
+    async def ids(self, database: Database, seq: int | None = None) -> list[uuid.UUID]:
+        found = await database.fetch(
+            "SELECT id FROM webhook_dlq WHERE $1::bigint IS NULL OR seq = $1 ORDER BY seq", seq
+        )
+        return [row["id"] for row in found]
+
+    async def claim(self, journal: PostgresJournal, epoch: int, **options: bool) -> list[Item]:
+        return await journal.claim_dead_letters(epoch, 10, ["rides"], **options)
+
+    async def next_due(self, journal: PostgresJournal, epoch: int) -> float | None:
+        return await journal.log_retry_run(epoch, processed=0, failed=0, error=None, services=["rides"])
 
     async def claimed(self, journal: PostgresJournal, item: Item, epoch: int) -> Item:
-        [(identity, seq, service, _)] = await journal.claim_dead_letters(epoch, 10)
-        assert (seq, service) == (item.seq, "rides")
-        return replace(item, dead_letter=identity, domain=service)
+        [replay] = await self.claim(journal, epoch)
+        assert (replay.seq, replay.domain) == (item.seq, "rides")
+        return replay
+
+    async def tallies(self, database: Database) -> dict[str, int]:
+        """Those that are not zero; they agree with the tables."""
+        await assert_conserved(database)
+        [row] = await database.fetch(
+            "SELECT delivered, rejected, dead_letter, discarded FROM delivery_tallies WHERE shard = 0"
+        )
+        return {name: count for name, count in row.items() if count}
 
     async def test_a_replay_that_is_delivered(self, journal: PostgresJournal, database: Database) -> None:
         epoch = await database.take_epoch()
         item = await self.letter(journal, epoch)
-        assert await journal.claim_dead_letters(epoch, 10) == []
+        assert await self.claim(journal, epoch) == []
         assert await self.ask(database) == 1
         replay = await self.claimed(journal, item, epoch)
-        assert await journal.claim_dead_letters(epoch, 10) == []
+        assert await self.claim(journal, epoch) == []
         assert await self.ask(database) == 0
         session = Session(key=item.session_key, phone_number_id=NUMBER, version=5, state={"n": 1})
         for _ in range(2):
@@ -429,7 +480,8 @@ class TestDeadLetters:
             assert await database.value("SELECT count(*) FROM whatsapp_outbox") == 2
             assert await database.value("SELECT outcome FROM message_outcomes") == "delivered"
             assert (await journal.load_sessions([item.session_key]))[item.session_key][0].version == 5
-            await assert_conserved(database)
+            assert await self.tallies(database) == {"delivered": 1}
+        assert await self.ask(database) == 0
 
     async def test_a_replay_does_not_overwrite_a_newer_session(
         self, journal: PostgresJournal, database: Database
@@ -458,8 +510,11 @@ class TestDeadLetters:
             "no\ufffd",
         )
         assert await database.value("SELECT outcome FROM message_outcomes") == "rejected"
-        await assert_conserved(database)
+        assert await self.tallies(database) == {"rejected": 1}
         assert await self.ask(database) == 1
+        again = await self.claimed(journal, item, epoch)
+        await complete(journal, epoch, done(again, place=Place.DEAD_LETTER, dead_letter=PENDING))
+        assert await self.tallies(database) == {"dead_letter": 1}
 
     async def test_the_next_owner_takes_over_what_was_claimed(
         self, journal: PostgresJournal, database: Database
@@ -471,10 +526,218 @@ class TestDeadLetters:
         following = await database.take_epoch()
         with pytest.raises(LeaseLost):
             await complete(journal, epoch, done(replay))
+        assert await self.claim(journal, following) == []
+        await journal.release_dead_letters(following)
         assert await self.claimed(journal, item, following) == replay
         assert await database.value("SELECT count(*) FROM whatsapp_outbox") == 0
         await complete(journal, following, done(replay))
-        await assert_conserved(database)
+        assert await self.tallies(database) == {"delivered": 1}
+
+    async def test_all_of_them_are_released_a_page_at_a_time(
+        self, journal: PostgresJournal, database: Database, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        epoch = await database.take_epoch()
+        for name in "abcde":
+            await self.letter(journal, epoch, name, DUE, sender=name)
+        claimed = await self.claim(journal, epoch)
+        assert len(claimed) == 5
+        monkeypatch.setattr(journal_module, "_RELEASED_AT_ONCE", 2)
+        await journal.release_dead_letters(epoch)
+        assert await self.claim(journal, epoch) == claimed
+
+    async def test_what_was_asked_for_waits_neither_for_its_time_nor_for_an_older_one(
+        self, journal: PostgresJournal, database: Database
+    ) -> None:
+        epoch = await database.take_epoch()
+        older, younger = [await self.letter(journal, epoch, name) for name in "ab"]
+        assert await self.ask(database, younger.seq) == 1
+        assert await self.next_due(journal, epoch) == 0
+        await complete(journal, epoch, done(await self.claimed(journal, younger, epoch)))
+        assert await self.claim(journal, epoch) == []
+        assert await self.ask(database, older.seq) == 1
+        await self.claimed(journal, older, epoch)
+
+    async def test_for_a_service_that_is_not_there_only_what_was_asked_for_is_claimed(
+        self, journal: PostgresJournal, database: Database
+    ) -> None:
+        epoch = await database.take_epoch()
+        await self.letter(journal, epoch, "a", DUE, sender="1", service="taxi")
+        asked = await self.letter(journal, epoch, "b", NOBODY, sender="2", service="taxi")
+        await self.letter(journal, epoch, "c", sender="3")
+        assert await self.claim(journal, epoch, others=True) == []
+        assert await self.ask(database, asked.seq) == 1
+        assert await self.next_due(journal, epoch) == 0
+        assert await self.claim(journal, epoch) == []
+        [replay] = await self.claim(journal, epoch, others=True)
+        assert (replay.seq, replay.domain) == (asked.seq, "taxi")
+        await complete(journal, epoch, done(replay, place=Place.DEAD_LETTER, dead_letter=NOBODY))
+        assert await self.claim(journal, epoch, others=True) == []
+        [row] = await database.fetch(
+            "SELECT status, resolution, retry_count FROM webhook_dlq WHERE seq = $1", asked.seq
+        )
+        assert tuple(row) == ("pending", "no_service", 0)
+
+    async def test_whoever_delivers_is_told_that_somebody_asked(
+        self, journal: PostgresJournal, database: Database
+    ) -> None:
+        await self.letter(journal, await database.take_epoch())
+        calls = [trio.Event() for _ in range(3)]
+        unheard = iter(calls)
+        async with database.connection() as listener:
+            await database.bridge.run(
+                lambda: listener.add_listener(
+                    "postroom_dead_letters", lambda *_: database.bridge.call_soon(next(unheard).set)
+                )
+            )
+            await self.ask(database)
+            await calls[0].wait()
+            [letter] = await self.ids(database)
+            await database.value(_DEAD_LETTERS["edit"], datetime.now(UTC), "cli:ada", letter, "{}")
+            await calls[1].wait()
+            await database.fetch("SELECT process_dlq_entries()")
+            await calls[2].wait()
+
+    async def test_what_operators_did_is_on_record(
+        self, journal: PostgresJournal, database: Database
+    ) -> None:
+        epoch = await database.take_epoch()
+        items = [await self.letter(journal, epoch, name) for name in "ab"]
+        one, other = await self.ids(database)
+        assert await self.ask(database) == 2
+        assert await self.edit(database, items[0], message("secret")) == 1
+        assert await self.act(database, "discard", "campaign is over", seq=items[1].seq) == 1
+        found = await database.fetch("SELECT * FROM audit_log ORDER BY id")
+        assert {(row["actor"], row["object_type"]) for row in found} == {("cli:ada", "webhook_dlq")}
+        assert sorted((row["action"], row["object_id"], row["detail"]) for row in found) == sorted(
+            [
+                ("dlq.retry", str(one), "{}"),
+                ("dlq.retry", str(other), "{}"),
+                ("dlq.edit", str(one), '{"revision": 1}'),
+                ("dlq.discard", str(other), '{"reason": "campaign is over"}'),
+            ]
+        )
+
+    async def test_what_was_discarded_is_over(self, journal: PostgresJournal, database: Database) -> None:
+        epoch = await database.take_epoch()
+        pending = await self.letter(journal, epoch, "a", sender="1")
+        rejected = await self.letter(journal, epoch, "b", REJECTED, sender="2")
+        asked = await self.letter(journal, epoch, "c", sender="3")
+        await self.letter(journal, epoch, "d", sender="4")
+        assert await self.ask(database, asked.seq) == 1
+        assert await self.tallies(database) == {"dead_letter": 3, "rejected": 1}
+        for item, left in (
+            (pending, {"dead_letter": 2, "rejected": 1, "discarded": 1}),
+            (rejected, {"dead_letter": 2, "discarded": 2}),
+            (asked, {"dead_letter": 1, "discarded": 3}),
+        ):
+            for discarded in (1, 0):
+                assert await self.act(database, "discard", "over", seq=item.seq) == discarded
+                assert await self.tallies(database) == left
+            assert await self.ask(database, item.seq) == 0
+            assert await self.edit(database, item, message("other")) is None
+        rows = await database.fetch(
+            "SELECT DISTINCT status, resolution, revision, next_retry_at, outcome FROM webhook_dlq"
+            " JOIN message_outcomes USING (seq) WHERE seq <= 3"
+        )
+        assert [tuple(row) for row in rows] == [("failed", "discarded", 0, None, "discarded")]
+        assert await self.claim(journal, epoch) == []
+        acts = await database.fetch("SELECT action FROM audit_log ORDER BY id")
+        assert [row["action"] for row in acts] == ["dlq.retry"] + ["dlq.discard"] * 3
+
+    async def test_what_is_being_processed_is_left_alone(
+        self, journal: PostgresJournal, database: Database
+    ) -> None:
+        epoch = await database.take_epoch()
+        item = await self.letter(journal, epoch, letter=DUE)
+        replay = await self.claimed(journal, item, epoch)
+        assert await self.ask(database) == await self.act(database, "discard", "over") == 0
+        assert await self.edit(database, item, message("other")) is None
+        assert await database.value("SELECT count(*) FROM audit_log") == 0
+        await complete(journal, epoch, done(replay))
+        assert await self.tallies(database) == {"delivered": 1}
+
+    async def test_an_edited_letter_is_another_revision_at_once(
+        self, journal: PostgresJournal, database: Database
+    ) -> None:
+        epoch = await database.take_epoch()
+        item = await self.letter(journal, epoch, letter=REJECTED)
+        for revision in (1, 2):
+            edited = message(f"better {revision}", "1")
+            assert await self.edit(database, item, edited) == revision
+            replay = await self.claimed(journal, item, epoch)
+            assert replay == replace(
+                item,
+                message=edited,
+                revision=revision,
+                retries=revision - 1,
+                dead_letter=replay.dead_letter,
+                domain="rides",
+                redelivered=True,
+            )
+            await complete(journal, epoch, done(replay, place=Place.REJECTED, dead_letter=REJECTED))
+        assert await self.tallies(database) == {"rejected": 1}
+
+    @pytest.mark.parametrize("gone", ["wa_events", "whatsapp_messages_items"])
+    async def test_the_letter_keeps_its_message_when_the_journal_is_gone(
+        self, journal: PostgresJournal, database: Database, gone: str
+    ) -> None:
+        epoch = await database.take_epoch()
+        item = await self.letter(journal, epoch, letter=DUE, errors=[{"title": "nul \0"}])
+        await database.fetch(f"DELETE FROM {gone}")
+        assert await journal.read([item.seq]) == []
+        replay = await self.claimed(journal, item, epoch)
+        key = item.key if gone == "wa_events" else f"msg_{uuid.UUID(replay.dead_letter).hex}"
+        assert replay == replace(
+            item,
+            message={**item.message, "errors": [{"title": "nul \ufffd"}]},
+            key=key,
+            dead_letter=replay.dead_letter,
+            domain="rides",
+            redelivered=True,
+        )
+
+    async def test_a_letter_whose_bytes_are_there_is_replayed_as_it_was_sent(
+        self, journal: PostgresJournal, database: Database
+    ) -> None:
+        epoch = await database.take_epoch()
+        item = await self.letter(journal, epoch, letter=DUE, errors=[{"title": "nul \0 and \ud800"}])
+        assert (await self.claimed(journal, item, epoch)).message == item.message
+
+    async def test_every_run_is_on_record(self, journal: PostgresJournal, database: Database) -> None:
+        epoch = await database.take_epoch()
+        before = datetime.now(UTC)
+        for processed, failed, error in ((0, 0, None), (3, 1, None), (2, 2, "gone\0")):
+            await journal.log_retry_run(
+                epoch, processed=processed, failed=failed, error=error, services=["rides"]
+            )
+        rows = await database.fetch("SELECT * FROM dlq_processing_log ORDER BY id")
+        assert [tuple(row)[2:] for row in rows] == [
+            ("completed", 0, 0, None),
+            ("completed", 3, 1, None),
+            ("failed", 2, 2, "gone\ufffd"),
+        ]
+        assert all(before <= row["processed_at"] for row in rows)
+
+    async def test_an_expired_letter_can_be_asked_for(
+        self, journal: PostgresJournal, database: Database
+    ) -> None:
+        epoch = await database.take_epoch()
+        item = await self.letter(journal, epoch)
+        assert await journal.expire_dead_letters(epoch, timedelta(seconds=-1)) == 1
+        [row] = await database.fetch("SELECT status, resolution, next_retry_at FROM webhook_dlq")
+        assert tuple(row) == ("failed", "exhausted", None)
+        assert await self.tallies(database) == {"dead_letter": 1}
+        assert await self.ask(database) == 1
+        assert await journal.expire_dead_letters(epoch, timedelta(seconds=-1)) == 0
+        await complete(journal, epoch, done(await self.claimed(journal, item, epoch)))
+        assert await self.tallies(database) == {"delivered": 1}
+
+    async def test_a_number_that_only_the_lenient_parser_takes_can_be_replayed(
+        self, journal: PostgresJournal, database: Database
+    ) -> None:
+        epoch = await database.take_epoch()
+        item = await self.letter(journal, epoch, letter=DUE, big=10**400)
+        assert (await self.claimed(journal, item, epoch)).message == item.message
 
 
 class TestStragglers:

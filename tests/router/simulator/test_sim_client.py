@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 import trio
 import trio.testing
+from tables import each
 
 from router.simulator import NotAnswered, WebhookClient, signature
 
@@ -151,7 +152,7 @@ async def test_interim_answers_are_passed_over_and_204_has_no_body() -> None:
         client.close()
 
 
-@pytest.mark.parametrize("cut", [0, 1, 15, len(OK) - 1])
+@each("cut", [0, 1, 15, len(OK) - 1])
 async def test_a_connection_closed_before_the_whole_answer_is_no_answer_and_nothing_is_resent(
     cut: int,
 ) -> None:
@@ -196,7 +197,7 @@ async def test_what_follows_an_answer_is_never_taken_for_the_next_one() -> None:
 HTTP_OK = b"HTTP/1.1 200 OK\r\n"
 
 
-@pytest.mark.parametrize(
+@each(
     ("answer", "reason"),
     [
         (b"ok\r\n\r\n", "status line"),

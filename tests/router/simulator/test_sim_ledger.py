@@ -9,6 +9,7 @@ from random import Random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tables import each
 
 from router.simulator import Delivery, Ledger, Report, SentItem
 from router.simulator.order import Arrival, judge_order
@@ -317,7 +318,7 @@ def test_suffixes_repeated_in_order_are_allowed_and_measured(crashes: list[tuple
         assert judge_order(arrivals, allow_repeats=False).problems
 
 
-@pytest.mark.parametrize(
+@each(
     ("places", "problem"),
     [
         ([0, 1, 2, 0, 2], "m2 was repeated while messages before it were skipped"),

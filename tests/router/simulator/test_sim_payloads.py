@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tables import each
 
 import router.simulator
 from router.simulator import payloads, signature
@@ -50,7 +51,7 @@ EVERY_REPLY = {
 }
 
 
-@pytest.mark.parametrize("name", EVERY_TYPE)
+@each("name", EVERY_TYPE)
 def test_every_message_has_the_common_fields_and_its_content_under_its_type(name: str) -> None:
     message = EVERY_TYPE[name]
     common = {"from": "999123", "from_user_id": "US.77", "id": "wamid.QQ==", "timestamp": "1700000000"}

@@ -1,0 +1,106 @@
+"""What every command shares: options, the configuration, errors as messages, output. Exit status: 0 done,
+1 it did not work or a check failed, 2 wrong use or configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from router.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    from router.operations import Operations
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Failure(click.ClickException):
+    exit_code = 1
+
+
+def database_options(function: F) -> F:
+    for option in (
+        click.option(
+            "--config", "config_file", type=click.Path(path_type=Path), help="postroom.toml to read."
+        ),
+        click.option("--database-url", help="Postgres to use instead of the embedded one."),
+        click.option(
+            "--data-dir",
+            type=click.Path(path_type=Path),
+            help="Directory of the embedded Postgres [.postroom].",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def load(*, config_file: Path | None, need_secrets: bool, **overrides: object) -> Config:
+    from router.settings import load_config
+
+    try:
+        return load_config(
+            file=config_file, environ=os.environ, overrides=overrides, need_secrets=need_secrets
+        )
+    except ConfigError as error:
+        problems = "\n".join(f"  {problem}" for problem in error.problems)
+        raise click.UsageError(f"the configuration cannot be used:\n{problems}") from None
+
+
+@contextmanager
+def failing_plainly() -> Iterator[None]:
+    """What a user can cause or mend is a message, not a traceback."""
+    from actors.errors import JournalUnavailable
+    from router.postgres.embedded import EmbeddedPostgresError
+    from router.postgres.migrate import MigrationError
+    from router.serve import CannotListen
+
+    expected = (JournalUnavailable, EmbeddedPostgresError, MigrationError, CannotListen)
+    try:
+        yield
+    except expected as error:
+        raise Failure(str(error)) from None
+    except BaseExceptionGroup as group:
+        if group.split(expected)[1] is not None:
+            raise
+        first: BaseException = group
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise Failure(str(first)) from None
+
+
+def run_command(work: Callable[[], Awaitable[Any]]) -> Any:
+    import trio
+
+    with failing_plainly():
+        try:
+            return trio.run(work)
+        except KeyboardInterrupt:
+            raise click.Abort from None
+
+
+def operate(config: Config, work: Callable[[Operations], Awaitable[Any]]) -> Any:
+    async def run() -> Any:
+        from router.operations import open_operations
+
+        async with open_operations(config, report=say) as operations:
+            return await work(operations)
+
+    return run_command(run)
+
+
+def say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def print_json(value: Any) -> None:
+    click.echo(json.dumps(value, default=str))
