@@ -17,6 +17,7 @@ PAGE = 50  # letters claimed at once, at most
 AT_LEAST_EVERY = 300.0  # seconds between runs: a call that was lost, or a letter nobody was told of
 _AT_MOST_EVERY = 1.0  # seconds between runs that nobody asked for
 _RUN = 10.0  # seconds; what is out then counts in the next run, which looks at all services again
+_AFTER_TROUBLE = 10.0  # seconds until the run after one that failed
 _NO_ROOM = 0.2  # seconds until a session that had no room is offered its dead letter again
 
 
@@ -110,6 +111,8 @@ class Retrier:
             self._due = float("inf")
             next_in = await self._run_once()
             wait = AT_LEAST_EVERY if next_in is None else min(max(next_in, _AT_MOST_EVERY), AT_LEAST_EVERY)
+            if self._error is not None:
+                wait = min(wait, _AFTER_TROUBLE)
             self._pause = trio.CancelScope(deadline=min(trio.current_time() + wait, self._due))
             with self._pause:
                 await self._wake.wait()

@@ -74,11 +74,16 @@ BEGIN
                  WHERE o.session_key = c.session_key AND o.service = c.service AND o.id <> c.id
                    AND o.status IN ('pending', 'processing')
                    AND (o.status = 'processing'
-                        -- It goes first: it is older, and what nobody asked for waits for all that are.
+                        -- It is older. What nobody asked for waits for any such, what somebody asked for
+                        -- only for one that goes now.
                         OR (o.seq < c.seq
                             AND (c.retry_requested_at IS NULL OR o.retry_requested_at IS NOT NULL
                                  OR (NOT p_others
-                                     AND (o.next_retry_at <= p_now OR o.resolution = 'no_service'))))))
+                                     AND (o.next_retry_at <= p_now OR o.resolution = 'no_service')
+                                     AND NOT EXISTS (
+                                         SELECT FROM webhook_dlq h
+                                          WHERE h.session_key = c.session_key AND h.service = c.service
+                                            AND h.status = 'pending' AND h.seq < o.seq))))))
          ORDER BY c.seq LIMIT p_limit)
     RETURNING d.*;
 END $$;

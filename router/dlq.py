@@ -10,7 +10,7 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import wraps
 from pathlib import Path
@@ -293,7 +293,8 @@ def _act(
     rate, dry_run = asked.pop("rate"), asked.pop("dry_run")
 
     async def work(operations: Operations) -> tuple[int, int]:
-        chosen = [letter["id"] for letter in await operations.dead_letters(_which(ids, asked))]
+        found = await operations.dead_letters(_which(ids, asked))
+        chosen = [letter["id"] for letter in found if _can_be_acted_on(letter)]
         if dry_run:
             return len(chosen), 0
         count, pace = 0, _Pace(rate)
@@ -317,6 +318,11 @@ def _act(
     missing = len(set(ids)) - (chosen if dry_run else count)
     if ids and missing:
         raise Failure(f"{missing} of {len(set(ids))} are not there, or are done or being processed")
+
+
+def _can_be_acted_on(letter: Mapping[str, Any]) -> bool:
+    """As the database will decide once more: not what is under way, was delivered or was discarded."""
+    return letter["status"] in ("pending", "failed") and letter["resolution"] != "discarded"
 
 
 class _Pace:

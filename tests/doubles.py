@@ -353,7 +353,10 @@ class MemoryJournal:
             return False
         older = [one for one in same if one.seq < letter.seq]
         if letter.retry_requested:
-            return not any(one.retry_requested or (not others and self._is_due(one)) for one in older)
+            head = min(older, key=lambda one: one.seq, default=letter)
+            return not any(one.retry_requested for one in older) and (
+                others or head is letter or not self._is_due(head)
+            )
         return not others and self._is_due(letter) and not older
 
     def _is_due(self, letter: _Letter) -> bool:

@@ -620,7 +620,7 @@ async def test_a_session_that_had_no_room_is_offered_its_letter_again(autojump_c
     desk = Desk(office.journal, {"rides": 1}, room=lambda item: len(desk.offers) == 3)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(desk.retrier.run)
-        await trio.sleep(10)
+        await trio.sleep(5)
         assert desk.offers == pytest.approx([0.0, 0.2, 0.4])
         await desk.deliver(desk.items[-1])
         await trio.sleep(1)
@@ -637,7 +637,7 @@ async def test_a_letter_that_a_session_lost_is_offered_again(autojump_clock: Clo
         await trio.sleep(5)
         [item] = desk.items
         desk.retrier.lost(item)
-        await trio.sleep(5)
+        await trio.sleep(2)
         assert desk.items == [item, item]
         assert desk.offers[1] == pytest.approx(5, abs=1)
         await desk.deliver(item)
@@ -647,6 +647,38 @@ async def test_a_letter_that_a_session_lost_is_offered_again(autojump_clock: Clo
         nursery.cancel_scope.cancel()
     assert len(desk.items) == 2
     assert office.journal.retry_runs == [RetryRun(1, 0, None)]
+
+
+async def test_a_letter_that_was_lost_before_a_run_that_failed_is_offered_soon(autojump_clock: Clock) -> None:
+    office = Office()
+    await office.letter("rides:a")
+    desk = Desk(office.journal, {"rides": 1}, room=lambda item: True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(desk.retrier.run)
+        await trio.sleep(20)
+        office.journal.fail("expire_dead_letters", JournalUnavailable("away"))
+        desk.retrier.lost(desk.items[0])
+        await trio.sleep(30)
+        assert len(desk.offers) == 2
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_ends_between_runs_is_counted_and_makes_room(autojump_clock: Clock) -> None:
+    office = Office()
+    for name in "ab":
+        await office.letter(f"rides:{name}", name)
+    desk = Desk(office.journal, {"rides": 1}, room=lambda item: True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(desk.retrier.run)
+        await trio.sleep(100)
+        assert len(desk.items) == 1
+        await desk.deliver(desk.items[0])
+        await trio.sleep(5)
+        assert [item.session_key for item in desk.items] == ["100:a", "100:b"]
+        await desk.deliver(desk.items[1])
+        await trio.sleep(10)
+        nursery.cancel_scope.cancel()
+    assert office.recorded == (2, 0)
 
 
 async def test_a_letter_that_finds_no_room_holds_up_no_other(autojump_clock: Clock) -> None:

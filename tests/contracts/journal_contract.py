@@ -416,6 +416,18 @@ async def released_dead_letters_are_claimed_again(world: World) -> None:
     assert await world.claim() == claimed
 
 
+async def dead_letters_that_are_kept_are_not_released(world: World) -> None:
+    for name in "abc":
+        await world.letter(name, name)
+    a, b, c = await world.claim()
+    assert b.dead_letter is not None
+    await world.journal.release_dead_letters(world.epoch, keep=[b.dead_letter])
+    assert await world.claim() == [a, c]
+    await world.complete(done(b))
+    await world.journal.release_dead_letters(world.epoch)
+    assert await world.claim() == [a, c]
+
+
 async def a_replay_that_was_released_changes_nothing(world: World) -> None:
     item = await world.letter("a")
     claimed = await world.claim()
@@ -562,6 +574,7 @@ CONTRACT: list[Callable[[World], Awaitable[None]]] = [
     dead_letters_are_claimed_for_the_services_that_are_named,
     a_dead_letter_without_a_service_is_due_when_there_is_one,
     released_dead_letters_are_claimed_again,
+    dead_letters_that_are_kept_are_not_released,
     a_replay_that_was_released_changes_nothing,
     a_repeated_complete_of_a_replay_is_harmless,
     only_retries_that_were_not_put_off_are_counted,

@@ -249,6 +249,7 @@ async def a_letter_is_delivered_under_its_old_key(desk: Desk, message: Message) 
     assert (letter["status"], letter["resolution"]) == ("reprocessed", "reprocessed")
     assert (letter["outcome"], letter["attempts"]) == ("delivered", 2)
     await refused(desk, "retry", message)
+    await refused(desk, "retry", message, "--dry-run")
     await refused(desk, "discard", message, "--reason", "too late")
 
 

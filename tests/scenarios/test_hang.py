@@ -119,7 +119,7 @@ async def test_dead_letters_are_listed_and_retried_under_their_old_key(home: Pat
             assert retried.returncode == 0, retried.stderr
             await services.until_seen(attempts + 1)
             rest = await kit.postroom("dlq", "retry", "--all", "--json", *common, cwd=home)
-            assert json.loads(rest.stdout)["asked"] in (2, 3)
+            assert json.loads(rest.stdout)["retried"] in (2, 3)
             await services.until_seen(attempts + 3)
             with trio.fail_after(kit.HANGS):
                 while await database.fetch("SELECT 1 FROM webhook_dlq WHERE status <> 'reprocessed'"):

@@ -557,6 +557,16 @@ class TestDeadLetters:
         assert await self.ask(database, older.seq) == 1
         await self.claimed(journal, older, epoch)
 
+    async def test_what_was_asked_for_does_not_wait_for_one_that_waits_itself(
+        self, journal: PostgresJournal, database: Database
+    ) -> None:
+        epoch = await database.take_epoch()
+        await self.letter(journal, epoch, "not due")
+        await self.letter(journal, epoch, "behind it", DUE)
+        asked = await self.letter(journal, epoch, "asked for")
+        assert await self.ask(database, asked.seq) == 1
+        await self.claimed(journal, asked, epoch)
+
     async def test_for_a_service_that_is_not_there_only_what_was_asked_for_is_claimed(
         self, journal: PostgresJournal, database: Database
     ) -> None:
