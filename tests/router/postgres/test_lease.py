@@ -115,7 +115,7 @@ async def test_an_old_epoch_completes_and_claims_nothing(database: Database) -> 
         with pytest.raises(LeaseLost):
             await journal.complete([done(item)], epoch=old, low_water=2, stragglers=[])
         with pytest.raises(LeaseLost):
-            await journal.claim_dead_letters(old, 1)
+            await journal.claim_dead_letters(old, 1, ["rides"])
         await journal.complete([done(item)], epoch=new, low_water=2, stragglers=[])
         assert (await journal.undelivered()).items == []
         assert await database.value("SELECT epoch FROM message_outcomes") == new
