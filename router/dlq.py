@@ -42,16 +42,23 @@ def _age(_context: click.Context, _option: click.Parameter, written: str | None)
         raise click.BadParameter(f"{written} is too long") from None
 
 
+def _text(_context: click.Context, _option: click.Parameter, written: str | None) -> str | None:
+    """What the database takes: an argument that is not UTF-8 comes as lone surrogates."""
+    if written is not None and (not written.isprintable() or "\ufffd" in written):
+        raise click.BadParameter(f"{written!r} has characters that no name has")
+    return written
+
+
 def _filters(function: F) -> F:
     for option in (
         click.option("--older-than", callback=_age, metavar="AGE", help="Dead for longer: 30m, 12h, 7d."),
-        click.option("--session", help="Only those of one conversation (its session_key)."),
+        click.option("--session", callback=_text, help="Only those of one conversation (its session_key)."),
         click.option(
             "--resolution",
             type=click.Choice(["exhausted", "rejected", "discarded", "no_service", "reprocessed"]),
         ),
         click.option("--status", type=click.Choice(["pending", "processing", "reprocessed", "failed"])),
-        click.option("--service", help="Only those of one service."),
+        click.option("--service", callback=_text, help="Only those of one service."),
     ):
         function = option(function)
     return function
@@ -172,7 +179,9 @@ def retry(config: Config, as_json: bool, **asked: Any) -> None:
 @dlq.command("discard")
 @_bulk
 @_filters
-@click.option("--reason", required=True, help="Why; it stands in the audit log. No personal data.")
+@click.option(
+    "--reason", required=True, callback=_text, help="Why; it stands in the audit log. No personal data."
+)
 @json_option
 @_with_config
 def discard(config: Config, as_json: bool, reason: str, **asked: Any) -> None:
@@ -189,7 +198,7 @@ def discard(config: Config, as_json: bool, reason: str, **asked: Any) -> None:
 @click.option(
     "--message",
     "source",
-    type=click.File("r", encoding="utf-8"),
+    type=click.File("r", encoding="utf-8-sig"),
     help="File with the new message as JSON, - for standard input. Without it $EDITOR opens.",
 )
 @_with_config
@@ -220,7 +229,12 @@ def edit(config: Config, identity: uuid.UUID, source: IO[str] | None) -> None:
 
 @dlq.command("export")
 @_filters
-@click.option("--output", type=click.File("w", encoding="utf-8"), default="-", help="File [standard output].")
+@click.option(
+    "--output",
+    type=click.File("w", encoding="utf-8", lazy=False),
+    default="-",
+    help="File [standard output].",
+)
 @_with_config
 def export(config: Config, output: IO[str], **chosen: Any) -> None:
     """Write dead letters as JSON Lines, one letter a line, with their messages.
@@ -235,7 +249,7 @@ def export(config: Config, output: IO[str], **chosen: Any) -> None:
 
 
 @dlq.command("import")
-@click.argument("source", metavar="FILE", type=click.File("r", encoding="utf-8"))
+@click.argument("source", metavar="FILE", type=click.File("r", encoding="utf-8-sig"))
 @click.option("--dry-run", is_flag=True, help="Only say how many it would be.")
 @click.option("--rate", type=click.FloatRange(min=0.1), help="Letters a second, at most.")
 @json_option
@@ -263,7 +277,7 @@ def import_letters(config: Config, source: IO[str], dry_run: bool, rate: float |
                 elif found[identity]["payload"] == wanted[identity]:
                     counts["unchanged"] += 1
                 elif dry_run:
-                    counts["edited"] += 1
+                    counts["edited" if _can_be_acted_on(found[identity]) else "refused"] += 1
                 else:
                     await pace.wait(1)
                     number = await operations.edit(identity, wanted[identity], actor=_actor())
@@ -357,10 +371,13 @@ def _one(config: Config, identity: uuid.UUID) -> dict[str, Any]:
 
 
 def _message(text: str, where: str) -> dict[str, Any]:
+    from router.json_text import parse, storable
+
     try:
-        message = json.loads(text)
+        # As it will be stored, so that it can be compared with what is.
+        message = parse(storable(parse(text.encode("utf-8", "surrogatepass"))).encode())
     except (ValueError, RecursionError) as error:
-        raise Failure(f"{where} is not JSON: {error}") from None
+        raise Failure(f"{where} cannot be taken: {error}") from None
     if not isinstance(message, dict) or not isinstance(message.get("type"), str):
         raise Failure(f'{where} is not a message: give an object with its "type", as Meta sends it')
     return message

@@ -76,7 +76,7 @@ class Operations:
             which.limit,
         )
         rows = await self._run(lambda c: c.fetch(_LETTERS["select"], *arguments))
-        return [{**row, "payload": parse(row["payload"].encode())} for row in rows]
+        return [{**row, "payload": _payload(row["payload"])} for row in rows]
 
     async def retry(self, ids: Sequence[uuid.UUID], *, actor: str) -> int:
         """Ask whoever delivers to retry these now; returns how many could be: none that is being
@@ -119,6 +119,14 @@ class Operations:
                 found = await self.became_of(number, message_id)
                 await trio.sleep(0.05)
         return found
+
+
+def _payload(text: str) -> Any:
+    """The message; None for one that was put there by hand and that no router could read."""
+    try:
+        return parse(text.encode())
+    except ValueError:
+        return None
 
 
 @asynccontextmanager

@@ -116,15 +116,17 @@ def items_of(rows: Iterable[Any]) -> list[Item]:
 
 def replay_of(row: Any) -> Item:
     """A claimed dead letter as its session takes it: the message from its stored bytes; from the letter when
-    it was edited, or when the bytes are gone.
+    it was edited, or when the bytes are gone. What somebody put there by hand and cannot be read is empty.
     """
-    message: Mapping[str, Any] = parse(row["payload"].encode())
+    message: Mapping[str, Any] = {}
     contact: Mapping[str, Any] | None = None
     if row["body"] is not None:
         with suppress(LookupError):
-            stored, contact = whatsapp.item_at(parse(row["body"]), row["path"])
-            if not row["revision"]:
-                message = stored
+            message, contact = whatsapp.item_at(parse(row["body"]), row["path"])
+    if row["revision"] or not message:
+        with suppress(ValueError):
+            kept = parse(row["payload"].encode())
+            message = kept if isinstance(kept, dict) else {}
     wa_id, user_id = whatsapp.sender(message, contact)
     number, _, name = row["session_key"].partition(":")
     return Item(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -282,3 +283,52 @@ class TestCompletions:
         assert "\0" not in kept
         assert kept.encode().decode() == kept
         assert len(kept) == len(value)
+
+
+def stored_text(text: str) -> dict[str, Any]:
+    return {"type": "text", "from": "250", "text": {"body": text}}
+
+
+LETTER: dict[str, Any] = {
+    "id": uuid.UUID(int=7),
+    "seq": 3,
+    "service": "rides",
+    "revision": 0,
+    "retry_count": 2,
+    "message_id": "wamid.1",
+    "session_key": "100:250",
+    "received_at": NOW,
+    "phone_number": "250",
+    "correlation_id": "c",
+    "payload": json.dumps(stored_text("kept")),
+    "key": b"k" * 16,
+    "phone_number_id": "100",
+    "path": "0.0.m0",
+    "traceparent": None,
+    "body": json.dumps({"entry": [{"changes": [{"value": {"messages": [stored_text("stored")]}}]}]}).encode(),
+}
+
+
+class TestReplays:
+    @pytest.mark.parametrize(
+        ("changed", "text"),
+        [
+            ({}, "stored"),
+            ({"revision": 1}, "kept"),
+            ({"body": None}, "kept"),
+            ({"path": "0.0.m5"}, "kept"),
+            ({"payload": "[" * 1_000 + "]" * 1_000}, "stored"),
+        ],
+    )
+    def test_where_the_message_comes_from(self, changed: dict[str, Any], text: str) -> None:
+        found = rows.replay_of(LETTER | changed)
+        assert found.message["text"]["body"] == text
+        assert (found.wa_id, found.phone_number_id, found.domain, found.retries) == ("250", "100", "rides", 2)
+        assert (found.key, found.dead_letter) == ("msg_" + "6b" * 16, str(uuid.UUID(int=7)))
+
+    @pytest.mark.parametrize("payload", ["[" * 1_000 + "]" * 1_000, "[]", "7", "null"])
+    def test_what_cannot_be_read_is_empty_and_stops_nobody(self, payload: str) -> None:
+        found = rows.replay_of(LETTER | {"body": None, "payload": payload, "key": None})
+        assert found.message == {}
+        assert found.wa_id == "250"
+        assert found.key == "msg_" + uuid.UUID(int=7).hex
