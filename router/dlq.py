@@ -371,12 +371,11 @@ def _one(config: Config, identity: uuid.UUID) -> dict[str, Any]:
 
 
 def _message(text: str, where: str) -> dict[str, Any]:
-    from router.json_text import parse, storable
+    from router.operations import as_stored
 
     try:
-        # As it will be stored, so that it can be compared with what is.
-        message = parse(storable(parse(text.encode("utf-8", "surrogatepass"))).encode())
-    except (ValueError, RecursionError) as error:
+        message = as_stored(text)
+    except ValueError as error:
         raise Failure(f"{where} cannot be taken: {error}") from None
     if not isinstance(message, dict) or not isinstance(message.get("type"), str):
         raise Failure(f'{where} is not a message: give an object with its "type", as Meta sends it')

@@ -121,6 +121,14 @@ class Operations:
         return found
 
 
+def as_stored(text: str) -> Any:
+    """A JSON value as the database would give it back. Raises ValueError: it cannot be stored."""
+    try:
+        return parse(storable(parse(text.encode("utf-8", "surrogatepass"))).encode())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def _payload(text: str) -> Any:
     """The message; None for one that was put there by hand and that no router could read."""
     try:
