@@ -647,10 +647,10 @@ class TestDeadLetters:
             assert await self.ask(database, item.seq) == 0
             assert await self.edit(database, item, message("other")) is None
         rows = await database.fetch(
-            "SELECT DISTINCT status, resolution, revision, next_retry_at, outcome FROM webhook_dlq"
-            " JOIN message_outcomes USING (seq) WHERE seq <= 3"
+            "SELECT DISTINCT status, resolution, revision, next_retry_at, retry_requested_at, outcome"
+            " FROM webhook_dlq JOIN message_outcomes USING (seq) WHERE seq <= 3"
         )
-        assert [tuple(row) for row in rows] == [("failed", "discarded", 0, None, "discarded")]
+        assert [tuple(row) for row in rows] == [("failed", "discarded", 0, None, None, "discarded")]
         assert await self.claim(journal, epoch) == []
         acts = await database.fetch("SELECT action FROM audit_log ORDER BY id")
         assert [row["action"] for row in acts] == ["dlq.retry"] + ["dlq.discard"] * 3
