@@ -58,10 +58,9 @@ class Retrier:
         self._epoch = epoch
         self._max_age = max_age
         self._offer = offer
-        services = tuple(lanes)
-        self._services = services
-        self._lines = [_Line((name,), False, min(lanes[name], PAGE // 2)) for name in services]
-        self._lines.append(_Line(services, True, PAGE // 2))
+        self._services = tuple(lanes)
+        self._lines = [_Line((name,), False, min(lanes[name], PAGE // 2)) for name in lanes]
+        self._lines.append(_Line(self._services, True, PAGE // 2))
         self._line_of: dict[str, _Line] = {}  # by dead letter
         self._processed = 0
         self._failed = 0
@@ -131,7 +130,7 @@ class Retrier:
                 for line in self._lines:
                     nursery.start_soon(self._work_off, line, until)
         self._running = False
-        return await self._put_on_record(self._error)
+        return await self._put_on_record()
 
     async def _begin(self) -> None:
         await self._release()
@@ -187,7 +186,7 @@ class Retrier:
         line.out -= len(line.waiting)
         line.waiting.clear()
 
-    async def _put_on_record(self, error: str | None) -> float | None:
+    async def _put_on_record(self) -> float | None:
         """Also a run that failed, once the database is there again."""
         wait = _NO_ROOM
         while True:
@@ -195,7 +194,11 @@ class Retrier:
             try:
                 await self._release()
                 next_in = await self._journal.log_retry_run(
-                    self._epoch, processed=processed, failed=failed, error=error, services=self._services
+                    self._epoch,
+                    processed=processed,
+                    failed=failed,
+                    error=self._error,
+                    services=self._services,
                 )
             except JournalUnavailable:
                 await trio.sleep(wait)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -93,24 +94,7 @@ def items_of(rows: Iterable[Any]) -> list[Item]:
             message, contact = whatsapp.item_at(documents[event_id], row["path"])
         except LookupError:
             continue
-        wa_id, user_id = whatsapp.sender(message, contact)
-        items.append(
-            Item(
-                seq=row["seq"],
-                key=f"msg_{row['key'].hex()}",
-                message_id=row["message_id"],
-                session_key=row["session_key"],
-                phone_number_id=row["phone_number_id"],
-                wa_id=wa_id,
-                user_id=user_id,
-                received_at=row["received_at"],
-                correlation_id=row["correlation_id"],
-                traceparent=row["traceparent"],
-                message=message,
-                contact=contact,
-                joins=row["joins"],
-            )
-        )
+        items.append(replace(_item(row, message, contact), joins=row["joins"]))
     return items
 
 
@@ -118,35 +102,46 @@ def replay_of(row: Any) -> Item:
     """A claimed dead letter as its session takes it: the message from its stored bytes; from the letter when
     it was edited, or when the bytes are gone. What somebody put there by hand and cannot be read is empty.
     """
-    message: Mapping[str, Any] = {}
+    stored: Mapping[str, Any] = {}
+    kept: Any = None
     contact: Mapping[str, Any] | None = None
     if row["body"] is not None:
         with suppress(LookupError):
-            message, contact = whatsapp.item_at(parse(row["body"]), row["path"])
-    if row["revision"] or not message:
+            stored, contact = whatsapp.item_at(parse(row["body"]), row["path"])
+    if row["revision"] or not stored:
         with suppress(ValueError):
             kept = parse(row["payload"].encode())
-            message = kept if isinstance(kept, dict) else {}
+    message = kept if isinstance(kept, dict) else stored
+    item = _item(row, message, contact)
+    # Who is answered is who wrote, whatever an edit says.
+    wa_id, user_id = whatsapp.sender(stored or ({} if row["revision"] else message), contact)
+    return replace(
+        item,
+        wa_id=wa_id if wa_id or user_id else row["phone_number"],
+        user_id=user_id,
+        redelivered=True,
+        dead_letter=str(row["id"]),
+        domain=row["service"],
+        revision=row["revision"],
+        retries=row["retry_count"],
+    )
+
+
+def _item(row: Any, message: Mapping[str, Any], contact: Mapping[str, Any] | None) -> Item:
     wa_id, user_id = whatsapp.sender(message, contact)
-    number, _, name = row["session_key"].partition(":")
     return Item(
         seq=row["seq"],
-        key=f"msg_{row['id'].hex if row['key'] is None else row['key'].hex()}",
+        key=f"msg_{row['key'].hex()}",
         message_id=row["message_id"],
         session_key=row["session_key"],
-        phone_number_id=row["phone_number_id"] or number,
-        wa_id=wa_id if wa_id or user_id else row["phone_number"] or name,
+        phone_number_id=row["phone_number_id"],
+        wa_id=wa_id,
         user_id=user_id,
         received_at=row["received_at"],
         correlation_id=row["correlation_id"],
         traceparent=row["traceparent"],
         message=message,
         contact=contact,
-        redelivered=True,
-        dead_letter=str(row["id"]),
-        domain=row["service"],
-        revision=row["revision"],
-        retries=row["retry_count"],
     )
 
 

@@ -328,7 +328,12 @@ class TestReplays:
 
     @pytest.mark.parametrize("payload", ["[" * 1_000 + "]" * 1_000, "[]", "7", "null"])
     def test_what_cannot_be_read_is_empty_and_stops_nobody(self, payload: str) -> None:
-        found = rows.replay_of(LETTER | {"body": None, "payload": payload, "key": None})
-        assert found.message == {}
-        assert found.wa_id == "250"
-        assert found.key == "msg_" + uuid.UUID(int=7).hex
+        found = rows.replay_of(LETTER | {"body": None, "payload": payload})
+        assert (found.message, found.wa_id) == ({}, "250")
+
+    @pytest.mark.parametrize("body", [LETTER["body"], None])
+    def test_an_edit_does_not_change_who_is_answered(self, body: bytes | None) -> None:
+        edited = {**stored_text("kept"), "from": "666"}
+        found = rows.replay_of(LETTER | {"revision": 1, "body": body, "payload": json.dumps(edited)})
+        assert found.message == edited
+        assert (found.wa_id, found.user_id) == ("250", None)
