@@ -177,8 +177,13 @@ BEGIN
     RETURN true;
 END $$;
 
--- Operators' acts. Each names who acted, and returns the letters that it applies to; what is being
--- processed, or has been delivered, is left alone.
+-- Operators' acts. Each names who acted, and returns the letters that it applies to.
+
+-- What is being processed, was delivered or was discarded is left alone.
+CREATE FUNCTION postroom_can_be_acted_on(p_status text, p_resolution text) RETURNS boolean
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT p_status IN ('pending', 'failed') AND p_resolution IS DISTINCT FROM 'discarded'
+$$;
 
 CREATE FUNCTION postroom_select_dead_letters(
     p_ids uuid[], p_service text, p_status text, p_resolution text, p_session text, p_before timestamptz,
@@ -202,8 +207,7 @@ BEGIN
         UPDATE webhook_dlq d
            SET status = 'pending', resolution = CASE WHEN resolution = 'no_service' THEN resolution END,
                retry_requested_at = p_now, updated_at = p_now
-         WHERE d.id = ANY (p_ids) AND d.status IN ('pending', 'failed')
-           AND d.resolution IS DISTINCT FROM 'discarded'
+         WHERE d.id = ANY (p_ids) AND postroom_can_be_acted_on(d.status, d.resolution)
         RETURNING d.id
     ) SELECT array_agg(id) INTO asked FROM chosen;
     INSERT INTO audit_log (acted_at, actor, action, object_type, object_id)
@@ -220,7 +224,7 @@ BEGIN
     UPDATE webhook_dlq d
        SET payload = p_payload, revision = revision + 1, status = 'pending', retry_requested_at = p_now,
            resolution = CASE WHEN resolution = 'no_service' THEN resolution END, updated_at = p_now
-     WHERE d.id = p_id AND d.status IN ('pending', 'failed') AND d.resolution IS DISTINCT FROM 'discarded'
+     WHERE d.id = p_id AND postroom_can_be_acted_on(d.status, d.resolution)
     RETURNING d.revision INTO edit;
     IF FOUND THEN
         INSERT INTO audit_log (acted_at, actor, action, object_type, object_id, detail)
@@ -239,8 +243,7 @@ BEGIN
         UPDATE webhook_dlq d
            SET status = 'failed', resolution = 'discarded', next_retry_at = NULL, retry_requested_at = NULL,
                updated_at = p_now
-         WHERE d.id = ANY (p_ids) AND d.status IN ('pending', 'failed')
-           AND d.resolution IS DISTINCT FROM 'discarded'
+         WHERE d.id = ANY (p_ids) AND postroom_can_be_acted_on(d.status, d.resolution)
         RETURNING d.id, d.seq, d.received_at
     ), before AS (
         SELECT c.id, c.seq, c.received_at, o.outcome FROM chosen c

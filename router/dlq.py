@@ -10,7 +10,7 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import wraps
 from pathlib import Path
@@ -44,7 +44,7 @@ def _age(_context: click.Context, _option: click.Parameter, written: str | None)
 
 def _text(_context: click.Context, _option: click.Parameter, written: str | None) -> str | None:
     """What the database takes: an argument that is not UTF-8 comes as lone surrogates."""
-    if written is not None and (not written.isprintable() or "\ufffd" in written):
+    if written is not None and not written.isprintable():
         raise click.BadParameter(f"{written!r} has characters that no name has")
     return written
 
@@ -271,13 +271,14 @@ def import_letters(config: Config, source: IO[str], dry_run: bool, rate: float |
         pace = _Pace(rate)
         for page in _pages(list(wanted)):
             found = {one["id"]: one for one in await operations.dead_letters(Letters(ids=page))}
+            possible = set(await operations.choose(Letters(ids=page)))
             for identity in page:
                 if identity not in found:
                     counts["unknown"] += 1
                 elif found[identity]["payload"] == wanted[identity]:
                     counts["unchanged"] += 1
                 elif dry_run:
-                    counts["edited" if _can_be_acted_on(found[identity]) else "refused"] += 1
+                    counts["edited" if identity in possible else "refused"] += 1
                 else:
                     await pace.wait(1)
                     number = await operations.edit(identity, wanted[identity], actor=_actor())
@@ -307,8 +308,7 @@ def _act(
     rate, dry_run = asked.pop("rate"), asked.pop("dry_run")
 
     async def work(operations: Operations) -> tuple[int, int]:
-        found = await operations.dead_letters(_which(ids, asked))
-        chosen = [letter["id"] for letter in found if _can_be_acted_on(letter)]
+        chosen = await operations.choose(_which(ids, asked))
         if dry_run:
             return len(chosen), 0
         count, pace = 0, _Pace(rate)
@@ -332,11 +332,6 @@ def _act(
     missing = len(set(ids)) - (chosen if dry_run else count)
     if ids and missing:
         raise Failure(f"{missing} of {len(set(ids))} are not there, or are done or being processed")
-
-
-def _can_be_acted_on(letter: Mapping[str, Any]) -> bool:
-    """As the database will decide once more: not what is under way, was delivered or was discarded."""
-    return letter["status"] in ("pending", "failed") and letter["resolution"] != "discarded"
 
 
 class _Pace:

@@ -42,6 +42,14 @@ class Letters:
     created_before: datetime | None = None
     limit: int | None = None
 
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """As postroom_select_dead_letters takes them."""
+        ids = None if self.ids is None else list(self.ids)
+        return (
+            ids, self.service, self.status, self.resolution, self.session, self.created_before, self.limit
+        )  # fmt: skip
+
 
 class Operations:
     """One connection to the database of a configuration."""
@@ -66,17 +74,14 @@ class Operations:
 
     async def dead_letters(self, which: Letters) -> list[dict[str, Any]]:
         """The whole letters, oldest message first; `payload` is the message."""
-        arguments = (
-            None if which.ids is None else list(which.ids),
-            which.service,
-            which.status,
-            which.resolution,
-            which.session,
-            which.created_before,
-            which.limit,
-        )
-        rows = await self._run(lambda c: c.fetch(_LETTERS["select"], *arguments))
+        rows = await self._run(lambda c: c.fetch(_LETTERS["select"], *which.arguments))
         return [{**row, "payload": _payload(row["payload"])} for row in rows]
+
+    async def choose(self, which: Letters) -> list[uuid.UUID]:
+        """Those of them that can be retried, edited or discarded: not what is being processed, was delivered
+        or was discarded."""
+        rows = await self._run(lambda c: c.fetch(_LETTERS["choose"], *which.arguments))
+        return [row["id"] for row in rows]
 
     async def retry(self, ids: Sequence[uuid.UUID], *, actor: str) -> int:
         """Ask whoever delivers to retry these now; returns how many could be: none that is being

@@ -4,6 +4,10 @@ SELECT d.id, d.phone_number, d.service, d.status, d.resolution, d.error_message,
        d.correlation_id, d.payload::text AS payload
   FROM postroom_select_dead_letters($1, $2, $3, $4, $5, $6, $7) d;
 
+-- name: choose
+SELECT d.id FROM postroom_select_dead_letters($1, $2, $3, $4, $5, $6, $7) d
+ WHERE postroom_can_be_acted_on(d.status, d.resolution);
+
 -- name: retry
 SELECT postroom_retry_dead_letters($1, $2, $3);
 
