@@ -103,6 +103,7 @@ class Dispatcher:
         self._crashes = 0
         self._wake_pager = trio.Event()
         self._wake_tail = trio.Event()
+        self._crash = trio.Event()
 
     # What the rest of the tree calls
 
@@ -317,6 +318,8 @@ class Dispatcher:
     async def _calm_down(self) -> None:
         """Sessions that crashed get their messages again after a pause."""
         while True:
+            await self._crash.wait()
+            self._crash = trio.Event()
             await trio.sleep(self._retry_after)
             crashed, self._crashed = self._crashed, []
             for key in crashed:
@@ -456,6 +459,7 @@ class Dispatcher:
                 self._uncall(key)
             if conversation.backlog and crash is not None:
                 self._crashed.append(key)
+                self._crash.set()
             elif conversation.waits_for is None:
                 self._enqueue(key, conversation)
             self._forget_if_done(key, conversation)
