@@ -211,6 +211,8 @@ class Item:
     domain: str | None = None  # where a replay goes
     revision: int = 0
     retries: int = 0  # of the dead letter, that were counted
+    deferred: bool = False  # this replay is the first delivery: it waited in its turn
+    overtaken: bool = False  # this replay is of a dead letter that later messages went on past
 
 
 class Place(enum.StrEnum):
@@ -220,12 +222,14 @@ class Place(enum.StrEnum):
     DELIVERED = "delivered"
     REJECTED = "rejected"
     DEAD_LETTER = "dead_letter"
+    DEFERRED = "deferred"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeadLetter:
     """What could not be delivered. `status` and `resolution` as in webhook_dlq; `retry_in` seconds.
-    `counted`: as one retry, when this is a replay; one that was put off is not.
+    `counted`: as one retry, when this is a replay; one that was put off is not. `keeps_order`: later
+    messages of the conversation for that service wait behind it.
     """
 
     status: str
@@ -233,6 +237,7 @@ class DeadLetter:
     error: str
     retry_in: float | None
     counted: bool = True
+    keeps_order: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -66,8 +66,9 @@ class Journal(Protocol):
         self, epoch: int, limit: int, services: Sequence[str], *, others: bool = False
     ) -> list[Item]:
         """Dead letters for these services that are to be retried now, as replays: what an operator asked
-        for, and of each (conversation, service) the oldest open one, if it is due. `others`: those for
-        any other service, if asked for.
+        for, and of each (conversation, service) the oldest open one, if it is due. One that was deferred
+        waits only for what keeps the order. `others`: those for any other service, if asked for. A single
+        one (`limit` 1) is of the oldest the one that was attempted least.
 
         Raises:
             LeaseLost: the epoch is over.
@@ -80,10 +81,14 @@ class Journal(Protocol):
             LeaseLost: the epoch is over.
         """
 
+    async def held_pairs(self) -> list[tuple[str, str]]:
+        """The (session key, service) that have a pending or processing dead letter which keeps the order."""
+
     async def log_retry_run(
         self, epoch: int, *, processed: int, failed: int, error: str | None, services: Sequence[str]
-    ) -> float | None:
-        """Put a run on record; returns the seconds until the next letter for these services is due.
+    ) -> Mapping[str, float]:
+        """Put a run on record; returns the seconds until the next letter is due, by service: of these
+        services, and of others for which somebody asked.
 
         Raises:
             LeaseLost: the epoch is over.
@@ -151,6 +156,9 @@ class RetryPolicy(Protocol):
 
     def put_off(self, asked: float) -> float:
         """Seconds until the dead letter is due that a service asked to have again then."""
+
+    def pause(self, openings: int) -> float:
+        """Seconds for which a service is left alone whose breaker opened so many times in a row."""
 
 
 class RedeliveryPolicy(Protocol):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import trio
 
+from .breaker import BreakerState
+from .deferrals import Deferrals
 from .errors import JournalUnavailable
 from .messages import Completion, Item, Place
 from .ports import Journal
+from .service import Service
 
 PAGE = 50  # letters claimed at once, at most
 AT_LEAST_EVERY = 300.0  # seconds between runs: a call that was lost, or a letter nobody was told of
@@ -23,17 +26,24 @@ _NO_ROOM = 0.2  # seconds until a session that had no room is offered its dead l
 
 @dataclass(eq=False, slots=True)
 class _Line:
-    """The letters for one service: `out` are claimed, at most `room` of them with their sessions,
-    the others `waiting` here.
+    """The letters for one service, or for all that nobody serves: `out` are claimed, at most `room` of
+    them with their sessions, the others `waiting` here.
     """
 
-    services: tuple[str, ...]
-    others: bool
-    room: int
+    service: Service | None
     calm: bool = False  # a session gave one back: it is not offered again at once
     out: int = 0
     waiting: deque[Item] = field(default_factory=deque)
     changed: trio.Event = field(default_factory=trio.Event)
+
+    @property
+    def room(self) -> int:
+        """As many as the service has lanes; one while its breaker is open and may be tried."""
+        if self.service is None:
+            return PAGE // 2
+        if self.service.breaker.state is BreakerState.CLOSED:
+            return min(self.service.lanes, PAGE // 2)
+        return int(self.service.breaker.probe_in() == 0.0)
 
 
 class Retrier:
@@ -41,8 +51,9 @@ class Retrier:
     claims one letter of each (conversation, service) at a time, until no more is due or ten seconds have
     passed: the next run goes on with the rest.
 
-    `lanes` are those of each service: no more of its letters are with sessions at once, and a service that
-    takes long holds up the letters of no other. What is out when this ends is claimed again by the next one.
+    No more letters of a service are with sessions at once than it has lanes, and none while its breaker is
+    open; a service that takes long holds up the letters of no other. What is out when this ends is claimed
+    again by the next one.
     """
 
     def __init__(
@@ -50,7 +61,8 @@ class Retrier:
         journal: Journal,
         *,
         epoch: int,
-        lanes: Mapping[str, int],
+        services: Mapping[str, Service],
+        deferrals: Deferrals,
         max_age: timedelta,
         offer: Callable[[Item], bool],
     ) -> None:
@@ -58,9 +70,9 @@ class Retrier:
         self._epoch = epoch
         self._max_age = max_age
         self._offer = offer
-        self._services = tuple(lanes)
-        self._lines = [_Line((name,), False, min(lanes[name], PAGE // 2)) for name in lanes]
-        self._lines.append(_Line(self._services, True, PAGE // 2))
+        self._services = services
+        self._deferrals = deferrals
+        self._lines = [_Line(service) for service in services.values()] + [_Line(None)]
         self._line_of: dict[str, _Line] = {}  # by dead letter
         self._processed = 0
         self._failed = 0
@@ -75,21 +87,29 @@ class Retrier:
         """Somebody asked for a run."""
         self._wake.set()
 
+    def committed(self, completions: Iterable[Completion]) -> None:
+        """These are durable: dead letters that came to be, and replays that ended."""
+        for completion in completions:
+            letter = completion.dead_letter
+            if letter is not None and letter.status == "pending" and letter.retry_in is not None:
+                self.due_in(self._waits(completion.service or "", letter.retry_in))
+            if completion.item.dead_letter is not None:
+                self._settled(completion)
+
     def due_in(self, seconds: float) -> None:
         """A letter became due then."""
         self._due = min(self._due, trio.current_time() + seconds)
         self._pause.deadline = min(self._pause.deadline, self._due)
 
     def lost(self, item: Item) -> None:
-        """A session could not go through with this one; it is offered again."""
+        """A session could not go through with this one; it is offered again, and may have arrived."""
         line = self._line_of.get(item.dead_letter or "")
         if line is not None:
-            line.waiting.append(item)
+            line.waiting.append(replace(item, redelivered=True))
             line.calm = True
             self._look_again(line)
 
-    def settled(self, completion: Completion) -> None:
-        """How a replay ended is durable."""
+    def _settled(self, completion: Completion) -> None:
         line = self._line_of.pop(completion.item.dead_letter or "", None)
         if line is None:
             return  # it was out when the retrier before this one ended
@@ -108,16 +128,23 @@ class Retrier:
         while True:
             self._wake = trio.Event()
             self._due = float("inf")
-            next_in = await self._run_once()
-            wait = AT_LEAST_EVERY if next_in is None else min(max(next_in, _AT_MOST_EVERY), AT_LEAST_EVERY)
+            due = await self._run_once()
+            next_in = min(map(self._waits, due, due.values()), default=AT_LEAST_EVERY)
+            wait = min(max(next_in, _AT_MOST_EVERY), AT_LEAST_EVERY)
             if self._error is not None:
                 wait = min(wait, _AFTER_TROUBLE)
             self._pause = trio.CancelScope(deadline=min(trio.current_time() + wait, self._due))
             with self._pause:
                 await self._wake.wait()
 
-    async def _run_once(self) -> float | None:
-        """Returns the seconds until the next letter is due."""
+    def _waits(self, service: str, due_in: float) -> float:
+        """Seconds until a letter of that service that is due then can go."""
+        known = self._services.get(service)
+        probe_in = 0.0 if known is None else known.breaker.probe_in()
+        return AT_LEAST_EVERY if probe_in is None else max(due_in, probe_in)
+
+    async def _run_once(self) -> Mapping[str, float]:
+        """Returns the seconds until the next letter of each service is due."""
         self._error = None
         self._running = True
         try:
@@ -137,6 +164,7 @@ class Retrier:
         expired = await self._journal.expire_dead_letters(self._epoch, self._max_age)
         self._processed += expired
         self._failed += expired
+        await self._deferrals.refresh()
 
     async def _release(self) -> None:
         """What is claimed and not out was left by another retrier, by an answer that was lost, or by a run
@@ -150,11 +178,13 @@ class Retrier:
         claims = True
         while trio.current_time() < until:
             line.changed = trio.Event()
-            if claims and len(line.waiting) < line.room:
+            room = line.room
+            if line.waiting and not room:
+                self._leave(line)
+            wanted = room if room == 1 else 2 * room
+            if claims and line.out < wanted and len(line.waiting) < room:
                 try:
-                    items = await self._journal.claim_dead_letters(
-                        self._epoch, 2 * line.room - line.out, line.services, others=line.others
-                    )
+                    items = await self._claim(line, wanted - line.out)
                 except JournalUnavailable as trouble:
                     self._error = str(trouble)
                     self._stranded = True  # it may have claimed them all the same
@@ -164,7 +194,7 @@ class Retrier:
                 line.waiting.extend(items)
                 self._line_of.update((item.dead_letter or "", line) for item in items)
             refused = 0
-            for _ in range(min(len(line.waiting), line.room - (line.out - len(line.waiting)))):
+            for _ in range(min(len(line.waiting), room - (line.out - len(line.waiting)))):
                 item = line.waiting.popleft()
                 if not self._offer(item):
                     line.waiting.append(item)
@@ -178,27 +208,35 @@ class Retrier:
                 await trio.sleep(_NO_ROOM)
         self._leave(line)
 
+    async def _claim(self, line: _Line, limit: int) -> list[Item]:
+        if line.service is None:
+            return await self._journal.claim_dead_letters(
+                self._epoch, limit, list(self._services), others=True
+            )
+        return await self._journal.claim_dead_letters(self._epoch, limit, [line.service.name])
+
     def _leave(self, line: _Line) -> None:
-        """What found no room in all that time is for the next run."""
+        """What found no room in all that time, or finds none now, is for the next run."""
         for item in line.waiting:
             self._stranded = True
             del self._line_of[item.dead_letter or ""]
         line.out -= len(line.waiting)
         line.waiting.clear()
 
-    async def _put_on_record(self) -> float | None:
+    async def _put_on_record(self) -> Mapping[str, float]:
         """Also a run that failed, once the database is there again."""
         wait = _NO_ROOM
         while True:
             processed, failed = self._processed, self._failed
             try:
                 await self._release()
-                next_in = await self._journal.log_retry_run(
+                await self._deferrals.refresh()
+                due = await self._journal.log_retry_run(
                     self._epoch,
                     processed=processed,
                     failed=failed,
                     error=self._error,
-                    services=self._services,
+                    services=list(self._services),
                 )
             except JournalUnavailable:
                 await trio.sleep(wait)
@@ -206,4 +244,4 @@ class Retrier:
                 continue
             self._processed -= processed
             self._failed -= failed
-            return next_in
+            return due

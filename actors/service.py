@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 
 import trio
 
+from .breaker import Breaker, BreakerState
 from .errors import NotOwner
 from .kernel import Address, MailboxClosed, Promise
-from .messages import Ack, Envelope, Reject, Retry
+from .messages import Ack, Envelope, Outcome, Reject, Retry
 from .ports import Handler, RedeliveryPolicy, RetryPolicy, Unreadable
 
 
@@ -43,7 +44,15 @@ class Undelivered:
     put_off: float | None = None
 
 
-Result = Delivered | Rejected | Undelivered
+@dataclass(frozen=True, slots=True)
+class Deferred:
+    """It has to wait: for a service that is known to be unable, or for an earlier message."""
+
+    reason: str
+    attempts: int = 0
+
+
+Result = Delivered | Rejected | Undelivered | Deferred
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +76,7 @@ OpenLane = Callable[[], AbstractAsyncContextManager[Handler]]
 
 class Service:
     """`lanes` tasks take deliveries from one mailbox. `may_attempt` is asked before every attempt: it
-    is false while the lease is not known to be held.
+    is false while the lease is not known to be held. `strict`: a conversation waits behind its dead letters.
     """
 
     def __init__(
@@ -81,15 +90,19 @@ class Service:
         deadline: float,
         policy: RetryPolicy,
         redelivery: RedeliveryPolicy,
+        strict: bool,
+        breaker: Breaker,
         may_attempt: Callable[[], bool],
         on_room: Callable[[str], None],
     ) -> None:
         self.name = name
         self.address: Address[Deliver] = Address(f"service/{name}", capacity)
         self.redelivery = redelivery
+        self.strict = strict
+        self.lanes = lanes
+        self.breaker = breaker
         self.statistics = ServiceStatistics()
         self._open_lane = open_lane
-        self._lanes = lanes
         self._timeout = timeout
         self._deadline = deadline
         self._policy = policy
@@ -100,7 +113,7 @@ class Service:
         """Until the mailbox is closed and every lane has finished what it held."""
         try:
             async with trio.open_nursery() as nursery:
-                for number in range(self._lanes):
+                for number in range(self.lanes):
                     nursery.start_soon(self._lane, name=f"lane/{self.name}/{number}")
         except BaseException:
             self.address.abandon_taken()
@@ -125,8 +138,15 @@ class Service:
         while True:
             if not self._may_attempt():
                 raise NotOwner(self.name)
+            ticket = self.breaker.admit()
+            if ticket is None:
+                return self._deferred(attempts)
             attempts += 1
-            outcome = await self._attempt(handler, envelope, attempts, started)
+            outcome = None
+            try:
+                outcome = await self._attempt(handler, envelope, attempts, started)
+            finally:
+                self.breaker.record(ticket, *_verdict(outcome))
             if isinstance(outcome, Ack):
                 return Delivered(outcome, attempts)
             if isinstance(outcome, Unreadable):
@@ -136,6 +156,8 @@ class Service:
                 return Rejected(outcome.reason, attempts)
             if outcome.after is None:
                 counted += 1
+                if self.breaker.state is not BreakerState.CLOSED:
+                    return self._deferred(attempts)
             elapsed = trio.current_time() - started
             wait = self._policy.next_attempt(counted, elapsed, self._deadline, outcome.after)
             if wait is None:
@@ -143,6 +165,9 @@ class Service:
                 put_off = None if asked is None else self._policy.put_off(asked)
                 return Undelivered(outcome.reason, attempts, put_off)
             await trio.sleep(wait)
+
+    def _deferred(self, attempts: int) -> Deferred:
+        return Deferred(f"the service is left alone for a while: {self.breaker.reason}", attempts)
 
     async def _attempt(
         self, handler: Handler, envelope: Envelope, attempt: int, started: float
@@ -154,3 +179,10 @@ class Service:
         with trio.move_on_after(min(self._timeout, left)):
             return await handler.attempt(envelope)
         return Retry(reason=f"no answer within {self._timeout:g} s")
+
+
+def _verdict(outcome: Outcome | Unreadable | None) -> tuple[bool | None, str]:
+    """What an attempt says about the service, and why. One that refuses a message is well."""
+    if isinstance(outcome, Retry):
+        return (False if outcome.after is None else None), outcome.reason
+    return (None if outcome is None else True), ""

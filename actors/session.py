@@ -21,7 +21,7 @@ from .messages import (
     SessionChange,
 )
 from .ports import Clock, Route, RoutePolicy
-from .service import Deliver, Delivered, Rejected, Result, Service, Undelivered
+from .service import Deferred, Deliver, Delivered, Rejected, Result, Service, Undelivered
 
 
 class Conversations(Protocol):
@@ -40,6 +40,16 @@ class Conversations(Protocol):
         """Return when nothing of that session older than `before` is undelivered."""
 
 
+class Waiting(Protocol):
+    """Who waits behind dead letters that keep the order."""
+
+    def holds(self, key: str, service: str) -> bool:
+        """A message of that session for this service has to wait for an earlier one."""
+
+    def hold(self, key: str, service: str, seq: int) -> None:
+        """The message `seq` becomes such a dead letter."""
+
+
 class SessionActor:
     """One incarnation of one conversation. Its state is ahead of the database by what the completer
     holds; it passivates only when that has been committed.
@@ -54,6 +64,7 @@ class SessionActor:
         services: Mapping[str, Service],
         completer: Address[Completion],
         conversations: Conversations,
+        deferrals: Waiting,
         committed: Callable[[str], Awaitable[None]],
         next_version: Callable[[], int],
         session_ttl: timedelta,
@@ -65,6 +76,7 @@ class SessionActor:
         self._services = services
         self._completer = completer
         self._conversations = conversations
+        self._deferrals = deferrals
         self._committed = committed
         self._next_version = next_version
         self._ttl = session_ttl
@@ -110,6 +122,9 @@ class SessionActor:
         if completion.session is not None:
             self._session = completion.session
         self._touched = self._clock()
+        letter = completion.dead_letter
+        if letter is not None and letter.keeps_order:
+            self._deferrals.hold(self._key, completion.service or "", item.seq)
         await self._completer.tell(completion)
         self._conversations.finished(self._key, item)
         return True
@@ -144,6 +159,8 @@ class SessionActor:
         service = self._services.get(domain)
         if service is None:
             return f"no service for domain {domain!r}"
+        if item.dead_letter is None and self._deferrals.holds(self._key, domain):
+            return Deferred("an earlier message of the conversation waits")
         if self._conversations.must_wait(self._key, domain):
             self._conversations.park(self._key, domain)
             return None
@@ -158,7 +175,7 @@ class SessionActor:
             correlation_id=item.correlation_id,
             traceparent=item.traceparent,
             redelivered=item.redelivered,
-            replay=item.dead_letter is not None,
+            replay=item.overtaken,
         )
         try:
             # NotOwner and ActorDied end this incarnation: the journal still has the message.
@@ -192,6 +209,8 @@ class SessionActor:
         elif isinstance(result, Undelivered):
             attempts = result.attempts
             letter = self._undelivered(item, domain, result)
+        else:
+            place, attempts, letter = self._deferred(item, domain, result)
         return Completion(
             item=item,
             place=place,
@@ -205,15 +224,33 @@ class SessionActor:
         )
 
     def _undelivered(self, item: Item, domain: str, result: Undelivered) -> DeadLetter:
-        if result.put_off is not None:
-            return DeadLetter(
-                status="pending", resolution=None, error=result.reason, retry_in=result.put_off, counted=False
-            )
-        retries = 0 if item.dead_letter is None else item.retries + 1
-        due_in = self._services[domain].redelivery.due_in(retries)
+        first = item.dead_letter is None or item.deferred
+        due_in = result.put_off
+        if due_in is None:
+            due_in = self._services[domain].redelivery.due_in(0 if first else item.retries + 1)
         if due_in is None:
             return DeadLetter(status="failed", resolution="exhausted", error=result.reason, retry_in=None)
-        return DeadLetter(status="pending", resolution=None, error=result.reason, retry_in=due_in)
+        return DeadLetter(
+            status="pending",
+            resolution=None,
+            error=result.reason,
+            retry_in=due_in,
+            counted=result.put_off is None,
+            keeps_order=self._services[domain].strict,
+        )
+
+    def _deferred(self, item: Item, domain: str, result: Deferred) -> tuple[Place, int, DeadLetter]:
+        """A first delivery waits in its turn; a retry stays the dead letter that it is."""
+        first = item.dead_letter is None or item.deferred
+        letter = DeadLetter(
+            status="pending",
+            resolution="deferred" if first else None,
+            error=result.reason,
+            retry_in=0.0,
+            counted=False,
+            keeps_order=first or self._services[domain].strict,
+        )
+        return Place.DEFERRED if first else Place.DEAD_LETTER, result.attempts, letter
 
     def _apply(self, session: Session, answer: Ack) -> Session:
         change = answer.session or SessionChange()

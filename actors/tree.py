@@ -7,11 +7,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from itertools import count
 
 import trio
 
+from .breaker import Breaker, BreakerState
 from .completer import Completer
+from .deferrals import Deferrals
 from .dispatcher import Dispatcher
 from .errors import JournalUnavailable, LeaseLost
 from .kernel import Address, ChildSpec, Strategy, Supervisor
@@ -25,7 +28,10 @@ from .session import SessionActor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceSpec:
-    """One service: times in seconds; `waiting` deliveries wait for a lane, more stay in the journal."""
+    """One service: times in seconds; `waiting` deliveries wait for a lane, more stay in the journal.
+    `breaker_failures` attempts that fail in a row open its breaker; `strict`: a conversation waits behind its
+    dead letters.
+    """
 
     name: str
     open_lane: OpenLane
@@ -34,12 +40,14 @@ class ServiceSpec:
     deadline: float
     waiting: int
     redelivery: RedeliveryPolicy
+    strict: bool
+    breaker_failures: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TreeSpec:
     """What a delivering side is made of. `session_mailbox` is K; `report(event, error)` gets crashes
-    and trouble with the journal."""
+    and trouble with the journal, `on_breaker` a service whose breaker has changed."""
 
     journal: Journal
     routes: RoutePolicy
@@ -56,6 +64,7 @@ class TreeSpec:
     session_idle: float
     sweep_every: float
     report: Callable[[str, Exception], None]
+    on_breaker: Callable[[str, Breaker], None]
 
 
 class DeliveryTree:
@@ -79,6 +88,7 @@ class DeliveryTree:
         self.completer: Address[Completion] = Address("completer", spec.completer_capacity)
         self._loader: Address[Load] = Address("session-loader", spec.max_live_sessions)
         self.services: Mapping[str, Service] = {}
+        self._deferrals = Deferrals(spec.journal)
         self._draining: set[str] = set()  # children that were asked to finish, also those not there yet
         self.dispatcher: Dispatcher | None = None
         self._retrier: Retrier | None = None
@@ -147,6 +157,13 @@ class DeliveryTree:
                 deadline=service.deadline,
                 policy=spec.retry,
                 redelivery=service.redelivery,
+                strict=service.strict,
+                breaker=Breaker(
+                    service.breaker_failures,
+                    pause=spec.retry.pause,
+                    clock=trio.current_time,
+                    on_change=partial(self._breaker_changed, service.name),
+                ),
                 may_attempt=self._may_attempt,
                 on_room=self._room,
             )
@@ -182,7 +199,8 @@ class DeliveryTree:
         retrier = Retrier(
             spec.journal,
             epoch=self._epoch,
-            lanes={service.name: service.lanes for service in spec.services},
+            services=self.services,
+            deferrals=self._deferrals,
             max_age=spec.dead_letter_max_age,
             offer=lambda item: dispatcher.replay(item),
         )
@@ -200,6 +218,7 @@ class DeliveryTree:
         self.dispatcher, self._retrier = dispatcher, retrier
         if "dispatcher" in self._draining:
             dispatcher.close()
+        await self._deferrals.load()  # no message goes past one that waits
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._run_retrier, retrier)
             await dispatcher.run()
@@ -219,6 +238,7 @@ class DeliveryTree:
             services=self.services,
             completer=self.completer,
             conversations=dispatcher,
+            deferrals=self._deferrals,
             committed=dispatcher.until_committed,
             next_version=lambda: next(self._versions),
             session_ttl=self._spec.session_ttl,
@@ -237,19 +257,21 @@ class DeliveryTree:
         if self.dispatcher is not None:
             self.dispatcher.room(service)
 
+    def _breaker_changed(self, name: str) -> None:
+        breaker = self.services[name].breaker
+        self._spec.on_breaker(name, breaker)
+        if self._retrier is not None and breaker.state is BreakerState.CLOSED:
+            self._retrier.due_in(0.0)
+
     def _marks(self) -> tuple[int, list[int]]:
         return self.dispatcher.marks() if self.dispatcher is not None else (0, [])
 
     def _committed(self, completions: list[Completion], stragglers: list[int]) -> None:
         if self.dispatcher is not None:
             self.dispatcher.committed(completions, stragglers)
+        self._deferrals.committed(completions)
         if self._retrier is not None:
-            for completion in completions:
-                letter = completion.dead_letter
-                if letter is not None and letter.status == "pending" and letter.retry_in is not None:
-                    self._retrier.due_in(letter.retry_in)
-                if completion.item.dead_letter is not None:
-                    self._retrier.settled(completion)
+            self._retrier.committed(completions)
 
     def _unavailable(self, error: JournalUnavailable) -> None:
         self._spec.report("completer", error)

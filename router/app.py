@@ -13,6 +13,7 @@ from typing import Any
 
 import trio
 
+from actors.breaker import Breaker, BreakerState
 from actors.errors import JournalUnavailable
 from actors.ingress import Ingress, IngressStatistics
 from actors.kernel import Address, ChildSpec, Strategy, Supervisor
@@ -68,6 +69,7 @@ class RouterStatistics:
     undelivered: int
     live_sessions: int
     waiting_for: Mapping[str, int]
+    breakers: Mapping[str, str]  # service -> closed, open or half-open
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,7 @@ class Router:
                 session_idle=10.0,
                 sweep_every=30.0,
                 report=_report,
+                on_breaker=_report_breaker,
             ),
             on_epoch=self._set_epoch,
         )
@@ -211,6 +214,11 @@ class Router:
             undelivered=dispatcher.undelivered if dispatcher is not None else 0,
             live_sessions=dispatcher.live_sessions if dispatcher is not None else 0,
             waiting_for=dispatcher.waiting_for if dispatcher is not None else {},
+            breakers=(
+                {}
+                if tree is None
+                else {name: str(service.breaker.state) for name, service in tree.services.items()}
+            ),
         )
 
     @property
@@ -311,11 +319,18 @@ def _service_spec(service: ServiceConfig, lane: Any) -> ServiceSpec:
         deadline=service.deadline_ms / 1000,
         waiting=max(2 * service.lanes, 16),
         redelivery=REDELIVERY[service.dead_letters],
+        strict=service.order == "strict",
+        breaker_failures=service.breaker_failures,
     )
 
 
 def _report(what: str, error: Exception) -> None:
     _log.warning("trouble", component=what, error=describe(error), exc_info=_unless_expected(error))
+
+
+def _report_breaker(service: str, breaker: Breaker) -> None:
+    level = _log.info if breaker.state is not BreakerState.OPEN else _log.warning
+    level("breaker", service=service, state=breaker.state, reason=breaker.reason, probe_in=breaker.probe_in())
 
 
 def _unless_expected(error: Exception) -> Exception | None:

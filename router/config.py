@@ -18,6 +18,7 @@ WEBHOOK_PATH: Final = "/webhooks/whatsapp"
 DEFAULT_TIMEOUT_MS: Final = 4_000
 DEFAULT_DEADLINE_MS: Final = 15_000
 DEAD_LETTER_POLICIES: Final = ("standard", "fast")
+ORDER_POLICIES: Final = ("continue", "strict")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,9 @@ class ServiceConfig:
 
     `timeout_ms` bounds one attempt, `deadline_ms` all attempts of one delivery, `lanes` how many run at once.
     `secret` is `whsec_` and base64, as Standard Webhooks writes it; without one deliveries are not signed.
-    `dead_letters` names the policy after which they are retried: "standard" or "fast" (router.retry).
+    `dead_letters` names the policy after which they are retried: "standard" or "fast" (router.retry). `order`
+    says what a conversation does while it has one: "continue" with this service, or "strict", wait behind it.
+    `breaker_failures` attempts in a row that fail make the router leave the service alone for a while.
     """
 
     name: str
@@ -85,6 +88,8 @@ class ServiceConfig:
     secret: str | None = field(default=None, repr=False)
     statuses: bool = False
     dead_letters: str = DEAD_LETTER_POLICIES[0]
+    order: str = ORDER_POLICIES[0]
+    breaker_failures: int = 5
     keywords: Words = field(default_factory=dict)
 
 

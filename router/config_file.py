@@ -52,6 +52,8 @@ class ServiceTable(_Strict):
     secret_env: str | None = None
     statuses: bool = False
     dead_letters: str = "standard"
+    order: str = "continue"
+    breaker_failures: int = 5
     keywords: WordLists = {}
 
 

@@ -19,6 +19,7 @@ from router.config import (
     DEAD_LETTER_POLICIES,
     DEFAULT_APP,
     DEFAULT_DEADLINE_MS,
+    ORDER_POLICIES,
     AppConfig,
     Config,
     ConfigError,
@@ -148,6 +149,14 @@ def _services(config: Config) -> Iterator[Problem]:
                 f"{at}.dead_letters",
                 "is not a policy",
                 f"use one of: {', '.join(DEAD_LETTER_POLICIES)}",
+            )
+        if service.order not in ORDER_POLICIES:
+            yield Problem(f"{at}.order", "is not a policy", f"use one of: {', '.join(ORDER_POLICIES)}")
+        if not 1 <= service.breaker_failures <= 1_000_000:
+            yield Problem(
+                f"{at}.breaker_failures",
+                f"{service.breaker_failures} is not between 1 and 1000000",
+                "5 suits most services",
             )
         if service.secret is not None and not _is_standard_webhooks_secret(service.secret):
             yield Problem(

@@ -66,6 +66,7 @@ def judge(
         ("delivered", c["delivered"], c["outcomes_delivered"]),
         ("rejected", c["rejected"], c["outcomes_rejected"]),
         ("dead letters", c["dead_letter"], c["outcomes_dead_letter"]),
+        ("deferred", c["deferred"], c["outcomes_deferred"]),
         ("discarded", c["discarded"], c["outcomes_discarded"]),
         ("open items", c["items_open"], c["outcomes"] + c["undelivered"]),
     ):
@@ -80,6 +81,7 @@ def judge(
             "delivered": c["outcomes_delivered"],
             "rejected": c["outcomes_rejected"],
             "dead_letter": c["outcomes_dead_letter"],
+            "deferred": c["outcomes_deferred"],
             "discarded": c["outcomes_discarded"],
             "undelivered": c["undelivered"],
         },

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 ATTEMPTS = 3  # that are counted, in one delivery
 _SHORTEST_WAIT = 0.1  # seconds; a service that asks for less would be hammered
+_LONGEST_PAUSE = 30.0  # seconds for which a service that is down is left alone
 _LONGEST_ASKED = 86_400.0  # seconds; what a Retry-After beyond a day is taken for
 
 
@@ -38,6 +39,12 @@ class Backoff:
     def put_off(self, asked: float) -> float:
         """Seconds until the dead letter is due that the service asked to have again then."""
         return min(max(asked, 0.0), _LONGEST_ASKED)
+
+    def pause(self, openings: int) -> float:
+        """Seconds for which a service is left alone whose breaker opened `openings` times in a row: between
+        half of and 1, 2, 4 ... at most 30."""
+        longest = min(2.0 ** min(openings - 1, 10), _LONGEST_PAUSE)
+        return longest * (0.5 + 0.5 * self.random())
 
 
 @dataclass(frozen=True, slots=True)

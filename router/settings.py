@@ -232,6 +232,8 @@ class _Reader:
                 secret=self._service_secret(written, found.secret_env),
                 statuses=found.statuses,
                 dead_letters=found.dead_letters,
+                order=found.order,
+                breaker_failures=found.breaker_failures,
                 keywords=_words(KEYWORDS.get(name, {}), found.keywords, languages),
             )
         for name, words in KEYWORDS.items():

@@ -5,6 +5,7 @@ processes share it.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,11 @@ from hypothesis import settings
 settings.register_profile("quick", max_examples=10, deadline=None)
 settings.register_profile("thorough", max_examples=200, deadline=None)
 settings.load_profile("thorough" if os.environ.get("CI") == "true" else "quick")
+
+# Where bytecode may not be kept, each of several processes would rewrite the asserts of every file again,
+# which takes longer than all these tests. A failure is shown without its values there: `-n0` shows them.
+if sys.dont_write_bytecode and "PYTEST_XDIST_WORKER" in os.environ:
+    sys.meta_path[:] = [one for one in sys.meta_path if type(one).__name__ != "AssertionRewritingHook"]
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

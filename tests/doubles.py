@@ -11,11 +11,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import count
+from typing import Any
 
 import trio
 import trio.testing
 
+from actors.breaker import Breaker
 from actors.completer import Completer
+from actors.deferrals import Deferrals
 from actors.dispatcher import Dispatcher
 from actors.errors import JournalUnavailable, LeaseLost
 from actors.kernel import Address, ChildSpec, Strategy, Supervisor
@@ -38,8 +41,9 @@ from actors.messages import (
     Session,
 )
 from actors.ports import Route, Unreadable
-from actors.service import Service
+from actors.service import OpenLane, Service
 from actors.session import SessionActor
+from actors.tree import ServiceSpec, TreeSpec
 from router.retry import REDELIVERY, Backoff
 
 START = datetime(2030, 1, 1, tzinfo=UTC)
@@ -88,6 +92,8 @@ class _Letter:
     resolution: str | None
     due: datetime | None
     created: datetime
+    attempts: int = 0
+    keeps_order: bool = False
     retries: int = 0
     retry_requested: bool = False
     claimed_epoch: int | None = None
@@ -95,6 +101,10 @@ class _Letter:
     @property
     def open(self) -> bool:
         return self.status in ("pending", "processing")
+
+    @property
+    def holds(self) -> bool:
+        return self.open and self.keeps_order
 
 
 @dataclass(frozen=True)
@@ -276,6 +286,8 @@ class MemoryJournal:
                 letter.resolution,
                 self._due(letter),
                 self._clock(),
+                done.attempts,
+                letter.keeps_order,
             )
 
     def _due(self, letter: DeadLetter) -> datetime | None:
@@ -287,11 +299,13 @@ class MemoryJournal:
             return
         became = done.dead_letter
         letter.status = letter.resolution = "reprocessed"
-        letter.due, counted = None, True
+        letter.due, letter.keeps_order, counted = None, False, not done.item.deferred
         if became is not None:
             letter.status, letter.resolution = became.status, became.resolution
-            letter.due, counted = self._due(became), became.counted
+            letter.due, letter.keeps_order = self._due(became), became.keeps_order
+            counted = counted and became.counted
         letter.retries += counted
+        letter.attempts += done.attempts
         letter.claimed_epoch, letter.retry_requested = None, False
         self.outcomes[done.item.seq] = done
         self.outbox.extend((done.item.seq, reply) for reply in done.replies)
@@ -319,6 +333,7 @@ class MemoryJournal:
         for identity, letter in self.letters.items():
             if letter.status == "processing" and identity not in keep:
                 letter.status, letter.claimed_epoch = "pending", None
+                letter.attempts = max(letter.attempts, 1)
 
     async def claim_dead_letters(
         self, epoch: int, limit: int, services: Sequence[str], *, others: bool = False
@@ -326,7 +341,9 @@ class MemoryJournal:
         await self._enter("claim_dead_letters")
         self._require(epoch)
         claimed: list[Item] = []
-        for identity, letter in sorted(self.letters.items(), key=lambda pair: pair[1].seq):
+        for identity, letter in sorted(
+            self.letters.items(), key=lambda pair: (pair[1].attempts * (limit == 1), pair[1].seq)
+        ):
             if len(claimed) < limit and (letter.service in services) != others:
                 item = self.items[letter.seq - 1]
                 if item is not None and self._claimable(letter, others):
@@ -336,12 +353,18 @@ class MemoryJournal:
                             item,
                             dead_letter=identity,
                             domain=letter.service,
-                            redelivered=True,
+                            redelivered=letter.attempts > 0,
                             joins=None,
                             retries=letter.retries,
+                            deferred=letter.resolution == "deferred",
+                            overtaken=not letter.keeps_order,
                         )
                     )
         return claimed
+
+    async def held_pairs(self) -> list[tuple[str, str]]:
+        await self._enter("held_pairs")
+        return list({(one.session_key, one.service) for one in self.letters.values() if one.holds})
 
     def _claimable(self, letter: _Letter, others: bool) -> bool:
         same = [
@@ -352,6 +375,10 @@ class MemoryJournal:
         if letter.status != "pending" or any(one.status == "processing" for one in same):
             return False
         older = [one for one in same if one.seq < letter.seq]
+        if any(one.keeps_order for one in older):
+            return False
+        if letter.resolution == "deferred":
+            return letter.retry_requested or not others
         if letter.retry_requested:
             head = min(older, key=lambda one: one.seq, default=letter)
             return not any(one.retry_requested for one in older) and (
@@ -360,7 +387,9 @@ class MemoryJournal:
         return not others and self._is_due(letter) and not older
 
     def _is_due(self, letter: _Letter) -> bool:
-        return letter.resolution == "no_service" or (letter.due is not None and letter.due <= self._clock())
+        return letter.resolution in ("no_service", "deferred") or (
+            letter.due is not None and letter.due <= self._clock()
+        )
 
     async def expire_dead_letters(self, epoch: int, max_age: timedelta) -> int:
         await self._enter("expire_dead_letters")
@@ -369,7 +398,7 @@ class MemoryJournal:
             letter
             for letter in self.letters.values()
             if letter.status == "pending"
-            and letter.resolution is None
+            and letter.resolution in (None, "deferred")
             and not letter.retry_requested
             and letter.created < self._clock() - max_age
         ]
@@ -379,20 +408,31 @@ class MemoryJournal:
 
     async def log_retry_run(
         self, epoch: int, *, processed: int, failed: int, error: str | None, services: Sequence[str]
-    ) -> float | None:
+    ) -> Mapping[str, float]:
         await self._enter("log_retry_run")
         self._require(epoch)
         self.retry_runs.append(RetryRun(processed, failed, error))
         now = self._clock()
-        heads: dict[tuple[str, str], _Letter] = {}
-        for letter in sorted(self.letters.values(), key=lambda one: one.seq):
-            if letter.open and letter.service in services:
-                heads.setdefault((letter.session_key, letter.service), letter)
-        pending = [one for one in heads.values() if one.status == "pending"]
-        due = [now if one.resolution == "no_service" else one.due for one in pending]
-        due += [now for one in self.letters.values() if one.status == "pending" and one.retry_requested]
-        known = [one for one in due if one is not None]
-        return (min(known) - now).total_seconds() if known else None
+        due: dict[str, float] = {}
+        for letter in self.letters.values():
+            if letter.status == "pending" and (
+                letter.retry_requested or (letter.service in services and not self._waits_for_older(letter))
+            ):
+                waits_for_its_turn = letter.retry_requested or letter.resolution in ("no_service", "deferred")
+                at = now if waits_for_its_turn else letter.due
+                if at is not None:
+                    seconds = (at - now).total_seconds()
+                    due[letter.service] = min(seconds, due.get(letter.service, seconds))
+        return due
+
+    def _waits_for_older(self, letter: _Letter) -> bool:
+        return any(
+            one.open
+            and (one.session_key, one.service) == (letter.session_key, letter.service)
+            and one.seq < letter.seq
+            and (one.keeps_order or letter.resolution != "deferred")
+            for one in self.letters.values()
+        )
 
     async def load_sessions(self, keys: Sequence[str]) -> Mapping[str, tuple[Session, datetime]]:
         await self._enter("load_sessions")
@@ -451,6 +491,66 @@ class Counterpart:
         return [envelope.text for envelope in self.seen]
 
 
+def service(name: str, open_lane: OpenLane, *, breaker_failures: int = 1_000, **changes: Any) -> Service:
+    """A service whose dead letters are retried fast. The random source is 1."""
+    policy = Backoff(lambda: 1.0)
+    arguments: dict[str, Any] = {
+        "open_lane": open_lane,
+        "lanes": 1,
+        "capacity": 10,
+        "timeout": 4.0,
+        "deadline": 15.0,
+        "policy": policy,
+        "redelivery": REDELIVERY["fast"],
+        "strict": False,
+        "breaker": Breaker(
+            breaker_failures, pause=policy.pause, clock=trio.current_time, on_change=lambda: None
+        ),
+        "may_attempt": lambda: True,
+        "on_room": lambda name: None,
+    }
+    return Service(name, **arguments | changes)
+
+
+def service_spec(name: str, open_lane: OpenLane, **changes: Any) -> ServiceSpec:
+    """A service whose dead letters are retried fast, and whose breaker stays closed."""
+    spec = ServiceSpec(
+        name=name,
+        open_lane=open_lane,
+        lanes=1,
+        timeout=14,
+        deadline=15,
+        waiting=5,
+        redelivery=REDELIVERY["fast"],
+        strict=False,
+        breaker_failures=1_000,
+    )
+    return replace(spec, **changes)
+
+
+def tree_spec(journal: MemoryJournal, *services: ServiceSpec, **changes: Any) -> TreeSpec:
+    """A small delivering side. The random source is 1."""
+    spec = TreeSpec(
+        journal=journal,
+        routes=Talk(),
+        services=services,
+        retry=Backoff(lambda: 1.0),
+        clock=lambda: START,
+        session_ttl=timedelta(hours=24),
+        dead_letter_max_age=timedelta(hours=48),
+        session_mailbox=4,
+        max_live_sessions=10,
+        backlog_limit=100,
+        completer_capacity=10,
+        completer_max_rows=10,
+        session_idle=5,
+        sweep_every=60,
+        report=lambda name, error: None,
+        on_breaker=lambda name, breaker: None,
+    )
+    return replace(spec, **changes)
+
+
 class Rig:
     """Completer, services, sessions and dispatcher on a MemoryJournal, wired as the tree wires them."""
 
@@ -467,8 +567,11 @@ class Rig:
         idle: float = 10.0,
         sweep_every: float = 1_000.0,
         timeout: float = 4.0,
+        strict: bool = False,
+        breaker_failures: int = 1_000,
     ) -> None:
         self.journal = MemoryJournal()
+        self.deferrals = Deferrals(self.journal)
         self.routes = Talk()
         self.counterparts = {name: Counterpart(takes=takes) for name in services}
         self.completer: Address[Completion] = Address("completer", 100)
@@ -477,15 +580,14 @@ class Rig:
         self.held_lease = True
         self.now = START
         self.services = {
-            name: Service(
+            name: service(
                 name,
-                open_lane=counterpart.lane,
+                counterpart.lane,
                 lanes=lanes,
                 capacity=waiting,
                 timeout=timeout,
-                deadline=15.0,
-                policy=Backoff(lambda: 1.0),
-                redelivery=REDELIVERY["fast"],
+                strict=strict,
+                breaker_failures=breaker_failures,
                 may_attempt=lambda: self.held_lease,
                 on_room=lambda service: self.dispatcher.room(service),
             )
@@ -512,6 +614,7 @@ class Rig:
             services=self.services,
             completer=self.completer,
             conversations=self.dispatcher,
+            deferrals=self.deferrals,
             committed=self.dispatcher.until_committed,
             next_version=lambda: next(self._versions),
             session_ttl=timedelta(hours=24),
@@ -551,7 +654,14 @@ class Rig:
         """A claimed dead letter, as the retrier offers it."""
         item = self.journal.items[seq - 1]
         assert item is not None
-        return replace(item, dead_letter=str(uuid.UUID(int=seq)), domain=domain, redelivered=True, joins=None)
+        return replace(
+            item,
+            dead_letter=str(uuid.UUID(int=seq)),
+            domain=domain,
+            redelivered=True,
+            overtaken=True,
+            joins=None,
+        )
 
     def decided(self, sender: str | None = None) -> list[str]:
         """The texts of completed items, in the order of their commits."""

@@ -572,6 +572,22 @@ async def verdict(database: Database, services: Services) -> Report:
     return report
 
 
+def out_of_order(sights: Sequence[Sight], sent: Sequence[Message]) -> list[str]:
+    """Messages that a service was first handed after a later one of the same sender, as `sent` has them."""
+    place = {message.message_id: (message.sender, number) for number, message in enumerate(sent)}
+    newest: dict[str, int] = {}
+    seen: set[str] = set()
+    late = []
+    for sight in sights:
+        if sight.message_id not in seen and sight.message_id in place:
+            seen.add(sight.message_id)
+            sender, number = place[sight.message_id]
+            if number < newest.get(sender, -1):
+                late.append(f"{sight.message_id} of {sender}: {number} after {newest[sender]}")
+            newest[sender] = max(newest.get(sender, -1), number)
+    return late
+
+
 def late_first_deliveries(
     sights: Sequence[Sight], place: Mapping[str, tuple[str, int]], letters: set[str]
 ) -> list[str]:

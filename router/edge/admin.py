@@ -49,6 +49,7 @@ def admin_app(router: Router, *, is_ready: Callable[[], bool]) -> QuartTrio:
             "undelivered": statistics.undelivered,
             "live_sessions": statistics.live_sessions,
             "waiting_for": dict(statistics.waiting_for),
+            "breakers": dict(statistics.breakers),
         }
         status = database["status"] if is_ready() else "unhealthy"
         body = {"status": status, "components": {"database": database, "delivery": delivery}}

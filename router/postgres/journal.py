@@ -178,12 +178,14 @@ class PostgresJournal:
 
     async def log_retry_run(
         self, epoch: int, *, processed: int, failed: int, error: str | None, services: Sequence[str]
-    ) -> float | None:
+    ) -> Mapping[str, float]:
         now = self._clock()
         said = None if error is None else rows.text(error)
         found = await self._fetch("log_retry_run", epoch, now, processed, failed, said, list(services))
-        due: datetime | None = found[0][0]
-        return None if due is None else (due - now).total_seconds()
+        return {row["service"]: (row["due"] - now).total_seconds() for row in found}
+
+    async def held_pairs(self) -> list[tuple[str, str]]:
+        return [(row["session_key"], row["service"]) for row in await self._fetch("held_pairs")]
 
     async def ask_for_retries(self) -> None:
         """Whoever delivers begins a run of the retrier now."""

@@ -119,11 +119,13 @@ def replay_of(row: Any) -> Item:
         item,
         wa_id=wa_id if wa_id or user_id else row["phone_number"],
         user_id=user_id,
-        redelivered=True,
+        redelivered=row["attempts"] > 0,
         dead_letter=str(row["id"]),
         domain=row["service"],
         revision=row["revision"],
         retries=row["retry_count"],
+        deferred=row["resolution"] == "deferred",
+        overtaken=not row["keeps_order"],
     )
 
 
@@ -215,10 +217,11 @@ def completion_arguments(completions: Sequence[Completion], now: datetime) -> li
                     item.session_key,
                     completion.attempts,
                     item.correlation_id,
+                    letter.keeps_order,
                 )
             )
     changes = [session_arguments(key, session) for key, session in sorted(sessions.items())]
-    return [*_columns(done, 7), *_columns(changes, 7), *_columns(replies, 8), *_columns(letters, 13)]
+    return [*_columns(done, 7), *_columns(changes, 7), *_columns(replies, 8), *_columns(letters, 14)]
 
 
 def session_arguments(key: str, session: Session) -> tuple[Any, ...]:
@@ -238,9 +241,9 @@ def replay_arguments(completion: Completion, now: datetime) -> list[Any]:
     """postroom_complete_replay's arguments from p_id on."""
     item, letter, session = completion.item, completion.dead_letter, completion.session
     outcome, resolution, status, error, due = "delivered", "reprocessed", "reprocessed", None, None
-    counted = True
+    counted, keeps_order = not item.deferred, False
     if letter is not None:
-        counted = letter.counted
+        counted, keeps_order = counted and letter.counted, letter.keeps_order
         outcome, resolution = completion.place.value, letter.resolution or ""
         status, error = letter.status, text(letter.error)
         due = None if letter.retry_in is None else now + timedelta(seconds=letter.retry_in)
@@ -256,6 +259,7 @@ def replay_arguments(completion: Completion, now: datetime) -> list[Any]:
         due,
         completion.attempts,
         counted,
+        keeps_order,
         *change,
         item.wa_id or item.user_id,
         [storable(reply) for reply in completion.replies],

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import timedelta
 
 import pytest
 import trio
 import trio.testing
-from doubles import START, Counterpart, MemoryJournal, Talk, delivery, incoming
+from doubles import Counterpart, MemoryJournal, delivery, incoming, service_spec, tree_spec
 
 from actors.completer import Completer
 from actors.errors import JournalUnavailable, LeaseLost
 from actors.kernel import Address
 from actors.messages import Completion, Place
-from actors.tree import DeliveryTree, ServiceSpec, TreeSpec
-from router.retry import REDELIVERY, Backoff
+from actors.tree import DeliveryTree
 
 
 class Desk:
@@ -129,31 +127,9 @@ async def test_a_crash_restarts_all_that_hand_it_outcomes(autojump_clock: trio.t
     journal = MemoryJournal()
     counterpart = Counterpart()
     reports: list[tuple[str, str]] = []
-    spec = TreeSpec(
-        journal=journal,
-        routes=Talk(),
-        services=(
-            ServiceSpec(
-                name="rides",
-                open_lane=counterpart.lane,
-                lanes=2,
-                timeout=4,
-                deadline=15,
-                waiting=5,
-                redelivery=REDELIVERY["standard"],
-            ),
-        ),
-        retry=Backoff(lambda: 1.0),
-        clock=lambda: START,
-        session_ttl=timedelta(hours=24),
-        dead_letter_max_age=timedelta(hours=48),
-        session_mailbox=4,
-        max_live_sessions=10,
-        backlog_limit=100,
-        completer_capacity=10,
-        completer_max_rows=10,
-        session_idle=5,
-        sweep_every=60,
+    spec = tree_spec(
+        journal,
+        service_spec("rides", counterpart.lane, lanes=2, timeout=4),
         report=lambda name, error: reports.append((name, type(error).__name__)),
     )
     tree = DeliveryTree(spec, epoch=1, may_attempt=lambda: True, on_lease_lost=lambda: None)

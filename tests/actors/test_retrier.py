@@ -13,8 +13,20 @@ from datetime import datetime, timedelta
 import pytest
 import trio
 import trio.testing
-from doubles import START, Counterpart, MemoryJournal, RetryRun, Talk, delivery, incoming
+from doubles import (
+    START,
+    Counterpart,
+    MemoryJournal,
+    RetryRun,
+    delivery,
+    incoming,
+    service,
+    service_spec,
+    tree_spec,
+)
 
+from actors.breaker import BreakerState
+from actors.deferrals import Deferrals
 from actors.errors import JournalUnavailable, LeaseLost
 from actors.messages import (
     Appended,
@@ -29,8 +41,7 @@ from actors.messages import (
 )
 from actors.ports import Unreadable
 from actors.retrier import PAGE, Retrier
-from actors.tree import DeliveryTree, ServiceSpec, TreeSpec
-from router.retry import REDELIVERY, Backoff
+from actors.tree import DeliveryTree
 
 Clock = trio.testing.MockClock
 Seen = list[tuple[float, str]]
@@ -47,12 +58,14 @@ class Watched(Counterpart):
 
     def __init__(self, seen: Seen, *, takes: float) -> None:
         super().__init__(takes=takes)
+        self.down_until = 0.0
         self._deliveries = seen
 
     async def attempt(self, envelope: Envelope) -> Outcome | Unreadable:
         if envelope.attempt == 1:
             self._deliveries.append((trio.current_time(), envelope.text))
-        return await super().attempt(envelope)
+        outcome = await super().attempt(envelope)
+        return outcome if trio.current_time() >= self.down_until else Retry(reason="down")
 
 
 class Office:
@@ -66,6 +79,8 @@ class Office:
         lanes: int = 1,
         waiting: int = 5,
         max_age: timedelta = timedelta(days=2),
+        strict: bool = False,
+        breaker_failures: int = 1_000,
     ) -> None:
         self.journal = journal or MemoryJournal(clock=virtual_now)
         self.journal.before = self._note
@@ -74,33 +89,26 @@ class Office:
         self.services = {name: Watched(self.seen, takes=takes) for name in ("rides", "jobs")}
         self.leases_lost = 0
         self.reports: list[tuple[str, str]] = []
-        self._spec = TreeSpec(
-            journal=self.journal,
-            routes=Talk(),
-            services=tuple(
-                ServiceSpec(
-                    name=name,
-                    open_lane=service.lane,
+        self.breakers: list[tuple[str, BreakerState]] = []
+        self._spec = tree_spec(
+            self.journal,
+            *(
+                service_spec(
+                    name,
+                    service.lane,
                     lanes=lanes,
-                    timeout=14,
-                    deadline=15,
                     waiting=waiting,
-                    redelivery=REDELIVERY["fast"],
+                    strict=strict,
+                    breaker_failures=breaker_failures,
                 )
                 for name, service in self.services.items()
             ),
-            retry=Backoff(lambda: 1.0),
             clock=virtual_now,
-            session_ttl=timedelta(hours=24),
             dead_letter_max_age=max_age,
-            session_mailbox=4,
             max_live_sessions=100,
-            backlog_limit=100,
-            completer_capacity=10,
-            completer_max_rows=10,
-            session_idle=5,
             sweep_every=10_000,
             report=lambda name, error: self.reports.append((name, type(error).__name__)),
+            on_breaker=lambda name, breaker: self.breakers.append((name, breaker.state)),
         )
         self.tree: DeliveryTree
 
@@ -564,10 +572,12 @@ class Desk:
         self.offers: list[float] = []
         self.items: list[Item] = []
         self._room = room
+        never = Counterpart().lane
         self.retrier = Retrier(
             journal,
             epoch=1,
-            lanes=lanes,
+            services={name: service(name, never, lanes=number) for name, number in lanes.items()},
+            deferrals=Deferrals(journal),
             max_age=timedelta(days=1),
             offer=self._offer,
         )
@@ -580,7 +590,7 @@ class Desk:
     async def deliver(self, item: Item) -> None:
         done = Completion(item=item, place=Place.DELIVERED, service=item.domain, rule="replay", attempts=1)
         await self.journal.complete([done], epoch=1, low_water=1, stragglers=[])
-        self.retrier.settled(done)
+        self.retrier.committed([done])
 
 
 async def test_no_more_letters_are_with_sessions_than_their_service_has_lanes(autojump_clock: Clock) -> None:
@@ -642,7 +652,9 @@ async def test_a_letter_that_a_session_lost_is_offered_again(autojump_clock: Clo
         assert desk.offers[1] == pytest.approx(5, abs=1)
         await desk.deliver(item)
         desk.retrier.lost(item)  # both of one that is not out
-        desk.retrier.settled(Completion(item=item, place=Place.HANDLED, service=None, rule="?", attempts=0))
+        desk.retrier.committed(
+            [Completion(item=item, place=Place.HANDLED, service=None, rule="?", attempts=0)]
+        )
         await trio.sleep(1)
         nursery.cancel_scope.cancel()
     assert len(desk.items) == 2
@@ -758,3 +770,118 @@ async def test_a_letter_waits_quietly_while_its_service_is_full(
         await trio.sleep(60)
     assert office.became(seq) == ("reprocessed", "reprocessed", 1)
     assert len(offers) <= 120
+
+
+# Deferral
+
+
+async def test_what_waited_for_a_service_is_delivered_in_order_when_it_is_well_again(
+    autojump_clock: Clock,
+) -> None:
+    office = Office(breaker_failures=2, lanes=2)
+    rides = office.services["rides"]
+    rides.down_until = 40.0
+    async with office.open() as tree:
+        for number in range(6):
+            for sender in "abc":
+                office.say(f"rides:{sender}{number}", sender)
+            office.say(f"jobs:a{number}", "a")
+            tree.look()
+            await trio.sleep(1)
+        await trio.sleep(200)
+    letters = office.journal.letters.values()
+    assert {(one.status, one.retries) for one in letters} == {("reprocessed", 0)}
+    delivered = [text for at, text in office.seen if at >= 40.0]
+    for sender in "abc":
+        mine = [text for text in delivered if text.startswith(f"rides:{sender}")]
+        assert mine == [f"rides:{sender}{number}" for number in range(6)]
+    assert len([text for at, text in office.seen if text.startswith("jobs")]) == 6
+    assert all(at < 10 for at, text in office.seen if text.startswith("jobs"))
+    # While it was down it was tried now and then, and not for each message.
+    assert 4 <= len([at for at, text in office.seen if at < 40.0 and text.startswith("rides")]) <= 10
+    assert not any(one.replay for one in rides.seen)
+    assert {one.redelivered for one in rides.seen if one.text == "rides:b5"} == {False}
+
+
+async def test_an_idle_service_that_is_left_alone_is_not_looked_at_all_the_time(
+    autojump_clock: Clock,
+) -> None:
+    office = Office(breaker_failures=1)
+    office.services["rides"].down_until = 3_600.0
+    async with office.open() as tree:
+        office.say("rides:a")
+        tree.look()
+        await trio.sleep(1_200)
+        assert len(office.runs_at) < 60
+        attempts = len(office.seen)
+    assert 1_200 / 30 <= attempts <= 1_200 / 30 + 8
+
+
+async def test_a_message_that_its_service_stumbles_over_does_not_keep_it_left_alone(
+    autojump_clock: Clock,
+) -> None:
+    office = Office(breaker_failures=3)
+    office.services["rides"].script["rides:poison"].extend([Retry()] * 1_000)
+    async with office.open() as tree:
+        office.say("rides:poison", "a")
+        tree.look()
+        await trio.sleep(0.3)
+        for sender in "bcd":
+            office.say(f"rides:{sender}", sender)
+        tree.look()
+        await trio.sleep(60)
+        assert [office.journal.outcomes[seq].place for seq in (2, 3, 4)] == [Place.DELIVERED] * 3
+
+
+async def test_a_strict_service_gets_a_conversation_in_order_whatever_fails(autojump_clock: Clock) -> None:
+    office = Office(strict=True)
+    rides = office.services["rides"]
+    rides.script["rides:a0"].extend(DOWN * 2)
+    rides.script["rides:b0"].extend(DOWN * 4)
+    async with office.open() as tree:
+        for number in range(3):
+            for sender in "ab":
+                office.say(f"rides:{sender}{number}", sender)
+        tree.look()
+        await trio.sleep(3_000)
+    taken = [text for _, text in office.seen]
+    assert [text for text in taken if ":a" in text] == ["rides:a0"] * 3 + ["rides:a1", "rides:a2"]
+    assert [text for text in taken if ":b" in text] == ["rides:b0"] * 4 + ["rides:b1", "rides:b2"]
+    assert office.became(1) == ("reprocessed", "reprocessed", 2)
+    assert office.became(2) == ("failed", "exhausted", 3)  # it releases those behind it
+
+
+async def test_a_conversation_is_held_back_across_a_restart(autojump_clock: Clock) -> None:
+    office = Office(breaker_failures=1)
+    office.services["rides"].down_until = 5.0
+    async with office.open() as tree:
+        office.say("rides:a0")
+        tree.look()
+        await trio.sleep(0.5)
+    office.services["rides"].down_until = 20.0
+    async with office.open() as tree:
+        office.say("rides:a1")
+        tree.look()
+        await trio.sleep(100)
+    taken = [text for at, text in office.seen if at >= 20.0]
+    assert taken == ["rides:a0", "rides:a1"]
+
+
+async def test_nobody_waits_any_more_behind_one_that_was_discarded(autojump_clock: Clock) -> None:
+    office = Office(strict=True)
+    office.services["rides"].script["rides:a0"].extend(DOWN)
+    async with office.open() as tree:
+        first = office.say("rides:a0").seq
+        office.say("rides:a1")
+        tree.look()
+        await trio.sleep(10)
+        assert [text for _, text in office.seen] == ["rides:a0"]
+        letter = office.journal.letters[str(uuid.UUID(int=first))]
+        letter.status, letter.resolution = "failed", "discarded"
+        tree.replay()
+        await trio.sleep(10)
+        office.say("rides:a2")
+        tree.look()
+        await trio.sleep(10)
+    assert [text for _, text in office.seen] == ["rides:a0", "rides:a1", "rides:a2"]
+    assert len(office.journal.letters) == 2

@@ -8,14 +8,14 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 import trio.testing
-from doubles import START, Counterpart
+from doubles import START, Counterpart, service
 
+from actors.breaker import BreakerState
 from actors.errors import NotOwner
 from actors.kernel import ActorDied, ChildSpec, MailboxFull, Strategy, Supervisor
 from actors.messages import Ack, Envelope, Reject, Reply, Retry, Session
 from actors.ports import Unreadable
-from actors.service import Deliver, Delivered, Rejected, Result, Service, Undelivered
-from router.retry import REDELIVERY, Backoff
+from actors.service import Deferred, Deliver, Delivered, Rejected, Result, Undelivered
 
 Clock = trio.testing.MockClock
 
@@ -23,20 +23,19 @@ Clock = trio.testing.MockClock
 class Office:
     """One service and its counterpart. The random source is 1, so the waits are 0.25 and 0.5 seconds."""
 
-    def __init__(self, *, lanes: int = 1, capacity: int = 10, takes: float = 0.0) -> None:
+    def __init__(
+        self, *, lanes: int = 1, capacity: int = 10, takes: float = 0.0, breaker_failures: int = 1_000
+    ) -> None:
         self.counterpart = Counterpart(takes=takes)
         self.held = True
         self.room: list[float] = []
         self.crashes: list[Exception] = []
-        self.service = Service(
+        self.service = service(
             "rides",
-            open_lane=self.counterpart.lane,
+            self.counterpart.lane,
             lanes=lanes,
             capacity=capacity,
-            timeout=4.0,
-            deadline=15.0,
-            policy=Backoff(lambda: 1.0),
-            redelivery=REDELIVERY["standard"],
+            breaker_failures=breaker_failures,
             may_attempt=lambda: self.held,
             on_room=lambda name: self.room.append(trio.current_time()),
         )
@@ -251,3 +250,53 @@ async def test_drain_finishes_what_was_taken(autojump_clock: Clock) -> None:
             await supervisor.drain()
         assert office.results == [Delivered(Ack(), 1)] * 3
         assert office.counterpart.open_lanes == 0
+
+
+# The breaker
+
+
+async def test_a_delivery_that_opens_the_breaker_is_deferred_with_its_attempts(autojump_clock: Clock) -> None:
+    office = Office(breaker_failures=2)
+    office.script(Retry(reason="one"), Retry(reason="two"))
+    async with office.open():
+        result = await office.deliver()
+        assert isinstance(result, Deferred)
+        assert result.attempts == 2
+        assert "two" in result.reason
+
+
+async def test_while_it_is_open_nothing_is_attempted(autojump_clock: Clock) -> None:
+    office = Office(breaker_failures=2)
+    office.script(Retry(), Retry())
+    async with office.open():
+        await office.deliver()
+        result = await office.deliver("b")
+        assert isinstance(result, Deferred)
+        assert result.attempts == 0
+        await trio.sleep(1)
+        assert await office.deliver("b") == Delivered(Ack(), 1)
+    assert [one.text for one in office.counterpart.seen] == ["a", "a", "b"]
+
+
+async def test_a_service_that_refuses_or_puts_off_is_well(autojump_clock: Clock) -> None:
+    office = Office(breaker_failures=2)
+    async with office.open():
+        for number, outcome in enumerate((Retry(), Reject("no"), Retry(), Unreadable("?"), Retry())):
+            office.script(outcome, Reject("no") if number == 4 else Ack(), text=str(number))
+            await office.deliver(str(number))
+        office.script(Retry(after=1.0), Retry(after=1.0), Retry(after=60.0), text="later")
+        assert await office.deliver("later") == Undelivered("retry", 3, 60.0)
+        assert office.service.breaker.state is BreakerState.CLOSED
+
+
+async def test_a_lane_that_crashes_during_the_only_try_leaves_room_for_another(autojump_clock: Clock) -> None:
+    office = Office(breaker_failures=1)
+    office.script(Retry(), ArithmeticError("bug"), Ack())
+    async with office.open():
+        await office.deliver()
+        await trio.sleep(1)
+        await office.note("a")
+        assert office.results == ["ActorDied"]
+        assert office.service.breaker.state is BreakerState.OPEN
+        await trio.sleep(2)
+        assert await office.deliver() == Delivered(Ack(), 1)

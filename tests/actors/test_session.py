@@ -273,3 +273,79 @@ async def test_a_session_without_a_change_keeps_its_version(autojump_clock: Cloc
     one, two = (done.session for done in rig.journal.outcomes.values())
     assert isinstance(one, Session)
     assert one == two
+
+
+# Deferral
+
+
+async def test_a_conversation_goes_on_past_a_service_that_is_left_alone(autojump_clock: Clock) -> None:
+    rig = Rig(breaker_failures=1)
+    rig.counterparts["rides"].script["rides:1"].append(Retry(reason="down"))
+    assert await finished(rig, "rides:1", "rides:2", "menu", "jobs:x", "rides:3", "exit") == [
+        (Place.DEFERRED, "rides"),
+        (Place.DEFERRED, "rides"),
+        (Place.HANDLED, "rides"),
+        (Place.DELIVERED, "jobs"),
+        (Place.DEFERRED, "rides"),
+        (Place.HANDLED, None),
+    ]
+    assert rig.counterparts["rides"].texts == ["rides:1"]
+    letters = [done.dead_letter for done in rig.journal.outcomes.values() if done.dead_letter is not None]
+    assert [(one.status, one.resolution, one.counted, one.keeps_order) for one in letters] == [
+        ("pending", "deferred", False, True)
+    ] * 3
+
+
+async def test_nobody_goes_past_one_that_waits_when_the_service_is_well(
+    autojump_clock: Clock,
+) -> None:
+    rig = Rig(breaker_failures=1)
+    rig.counterparts["rides"].script["rides:1"].append(Retry(reason="down"))
+    async with rig.running():
+        rig.say("rides:1")
+        await trio.sleep(10)
+        rig.say("rides:2")
+        rig.say("rides:other", sender="2")
+        await rig.finish()
+    assert rig.counterparts["rides"].texts == ["rides:1", "rides:other"]
+    assert [done.place for done in rig.journal.outcomes.values()] == [
+        Place.DEFERRED,
+        Place.DEFERRED,
+        Place.DELIVERED,
+    ]
+
+
+async def test_a_dead_letter_holds_up_its_conversation_where_the_service_is_strict(
+    autojump_clock: Clock,
+) -> None:
+    rig = Rig(strict=True)
+    rig.counterparts["rides"].script["rides:1"].extend([Retry()] * 3)
+    rig.counterparts["rides"].script["rides:never"].append(Reject("no"))
+    await finished(rig, "rides:never", "rides:1", "rides:2", "jobs:x")
+    assert [done.place for done in rig.journal.outcomes.values()] == [
+        Place.REJECTED,
+        Place.DEAD_LETTER,
+        Place.DEFERRED,
+        Place.DELIVERED,
+    ]
+
+
+async def test_a_retry_that_finds_its_service_left_alone_stays_what_it_is(autojump_clock: Clock) -> None:
+    rig = Rig(breaker_failures=4)
+    rides = rig.counterparts["rides"].script
+    rides["rides:1"].extend([Retry()] * 3)
+    rides["rides:2"].append(Retry())
+    async with rig.running():
+        rig.say("rides:1")
+        await rig.finish()
+        rig.say("rides:2", sender="2")
+        rig.journal.request_retry(1)
+        [replay] = await rig.journal.claim_dead_letters(1, 1, ["rides"])
+        await trio.sleep(0.1)
+        assert rig.dispatcher.replay(replay)
+        await trio.sleep(0.1)
+    first, second = rig.journal.letters.values()
+    assert (first.status, first.resolution, first.retries) == ("pending", None, 0)
+    assert (second.status, second.resolution) == ("pending", "deferred")
+    assert rig.journal.outcomes[1].place is Place.DEAD_LETTER
+    assert rig.counterparts["rides"].texts == ["rides:1"] * 3 + ["rides:2"]

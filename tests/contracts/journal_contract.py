@@ -67,12 +67,26 @@ class World:
         service: str = "rides",
         retry_in: float | None = 0.0,
         resolution: str | None = None,
+        keeps_order: bool = False,
+        attempts: int = 1,
     ) -> Item:
         """A message that became a pending dead letter."""
         [item] = await self.read((await self.append(body(message(name, sender)))).first_seq)
-        letter = DeadLetter(status="pending", resolution=resolution, error="down", retry_in=retry_in)
-        await self.complete(done(item, service=service, place=Place.DEAD_LETTER, dead_letter=letter))
+        letter = DeadLetter(
+            status="pending",
+            resolution=resolution,
+            error="down",
+            retry_in=retry_in,
+            keeps_order=keeps_order,
+        )
+        place = Place.DEFERRED if resolution == "deferred" else Place.DEAD_LETTER
+        completion = done(item, service=service, place=place, dead_letter=letter)
+        await self.complete(replace(completion, attempts=attempts))
         return item
+
+    async def deferred(self, name: str, sender: str = "1") -> Item:
+        """A message that waits in its turn."""
+        return await self.letter(name, sender, resolution="deferred", keeps_order=True, attempts=0)
 
     async def claim(
         self, *services: str, limit: int = 10, others: bool = False, epoch: int | None = None
@@ -83,9 +97,10 @@ class World:
 
     async def next_due(self, *services: str) -> float | None:
         """What the record of a run answers."""
-        return await self.journal.log_retry_run(
+        due = await self.journal.log_retry_run(
             self.epoch, processed=0, failed=0, error=None, services=services
         )
+        return min(due.values(), default=None)
 
 
 def message(name: str, sender: str | None = "250788000001", user_id: str | None = None) -> dict[str, Any]:
@@ -361,7 +376,9 @@ async def a_dead_letter_is_claimed_when_it_is_due_and_once(world: World) -> None
     item = await world.letter("due", "2")
     [replay] = await world.claim()
     assert replay.dead_letter is not None
-    assert replay == replace(item, dead_letter=replay.dead_letter, domain="rides", redelivered=True)
+    assert replay == replace(
+        item, dead_letter=replay.dead_letter, domain="rides", redelivered=True, overtaken=True
+    )
     assert await world.claim() == []
 
 
@@ -528,6 +545,95 @@ async def one_that_waited_for_a_service_is_due_now(world: World) -> None:
     assert told > 3_000
 
 
+async def the_record_of_a_run_tells_each_service_apart(world: World) -> None:
+    await world.letter("a", "1", retry_in=3_600.0)
+    await world.letter("b", "2", service="jobs", retry_in=-60.0)
+    await world.deferred("c", "3")
+    due = await world.journal.log_retry_run(
+        world.epoch, processed=0, failed=0, error=None, services=["rides", "jobs"]
+    )
+    assert due.keys() == {"rides", "jobs"}
+    assert due["rides"] == 0
+    assert due["jobs"] <= -60
+
+
+async def what_was_deferred_is_claimed_in_its_turn(world: World) -> None:
+    for name in ("a1", "b1", "a2"):
+        await world.deferred(name, name[0])
+    first, other = await world.claim()
+    assert texts([first, other]) == ["a1", "b1"]
+    assert (first.deferred, first.overtaken, first.redelivered) == (True, False, False)
+    assert await world.claim() == []
+    await world.complete(done(first))
+    assert texts(await world.claim()) == ["a2"]
+
+
+async def what_was_deferred_goes_past_a_letter_that_is_not_due_unless_that_keeps_the_order(
+    world: World,
+) -> None:
+    await world.letter("a1", "a", retry_in=3_600.0)
+    await world.deferred("a2", "a")
+    await world.letter("b1", "b", retry_in=3_600.0, keeps_order=True)
+    await world.deferred("b2", "b")
+    assert texts(await world.claim()) == ["a2"]
+    told = await world.next_due("rides")
+    assert told is not None
+    assert told > 3_000
+
+
+async def of_the_oldest_a_single_one_is_the_one_that_was_attempted_least(world: World) -> None:
+    for name in "abc":
+        await world.deferred(name, name)
+    for _ in range(2):
+        order = []
+        for _ in "abc":
+            [one] = await world.claim(limit=1)
+            order += texts([one])
+            again = DeadLetter(
+                status="pending", resolution="deferred", error="?", retry_in=0.0, keeps_order=True
+            )
+            await world.complete(replace(done(one, place=Place.DEFERRED, dead_letter=again), attempts=1))
+        assert order == ["a", "b", "c"]
+
+
+async def the_first_delivery_of_what_was_deferred_is_no_retry(world: World) -> None:
+    await world.deferred("a")
+    [first] = await world.claim()
+    due = DeadLetter(status="pending", resolution=None, error="down", retry_in=0.0)
+    await world.complete(done(first, place=Place.DEAD_LETTER, dead_letter=due))
+    [retry] = await world.claim()
+    assert (retry.deferred, retry.overtaken, retry.redelivered, retry.retries) == (False, True, True, 0)
+
+
+async def what_was_released_may_have_arrived(world: World) -> None:
+    await world.deferred("a")
+    [item] = await world.claim()
+    assert not item.redelivered
+    await world.journal.release_dead_letters(world.epoch)
+    [item] = await world.claim()
+    assert item.redelivered
+
+
+async def pairs_are_held_by_what_keeps_the_order_until_it_has_ended(world: World) -> None:
+    a = await world.deferred("a", "1")
+    await world.letter("b", "2")
+    c = await world.letter("c", "3", service="jobs", keeps_order=True)
+    assert sorted(await world.journal.held_pairs()) == [(a.session_key, "rides"), (c.session_key, "jobs")]
+    [a, _] = await world.claim("rides")
+    [c] = await world.claim("jobs")
+    assert len(await world.journal.held_pairs()) == 2
+    never = DeadLetter(status="failed", resolution="exhausted", error="no", retry_in=None)
+    await world.complete(done(a), done(c, service="jobs", place=Place.DEAD_LETTER, dead_letter=never))
+    assert await world.journal.held_pairs() == []
+
+
+async def what_was_deferred_expires(world: World) -> None:
+    await world.deferred("a")
+    assert await world.journal.expire_dead_letters(world.epoch, timedelta(seconds=-1)) == 1
+    assert await world.claim() == []
+    assert await world.journal.held_pairs() == []
+
+
 async def dead_letters_are_for_the_epoch_in_force(world: World) -> None:
     await world.letter("a")
     await world.end_epoch()
@@ -583,5 +689,13 @@ CONTRACT: list[Callable[[World], Awaitable[None]]] = [
     the_record_of_a_run_tells_when_the_next_dead_letter_is_due,
     the_record_of_a_run_tells_of_one_that_was_due,
     one_that_waited_for_a_service_is_due_now,
+    the_record_of_a_run_tells_each_service_apart,
+    what_was_deferred_is_claimed_in_its_turn,
+    what_was_deferred_goes_past_a_letter_that_is_not_due_unless_that_keeps_the_order,
+    of_the_oldest_a_single_one_is_the_one_that_was_attempted_least,
+    the_first_delivery_of_what_was_deferred_is_no_retry,
+    what_was_released_may_have_arrived,
+    pairs_are_held_by_what_keeps_the_order_until_it_has_ended,
+    what_was_deferred_expires,
     dead_letters_are_for_the_epoch_in_force,
 ]

@@ -281,6 +281,14 @@ BAD_FILES = [
         "delivery.dead_letter_max_age_hours: 0 is not a possible number of hours; fix: give the longest",
     ),
     (
+        "[services.rides]\norder = 'any'",
+        "services.rides.order: is not a policy; fix: use one of: continue, strict",
+    ),
+    (
+        "[services.rides]\nbreaker_failures = 0",
+        "services.rides.breaker_failures: 0 is not between 1 and 1000000; fix: 5 suits most services",
+    ),
+    (
         "[services.rides]\ndead_letters = 'never'",
         "services.rides.dead_letters: is not a policy; fix: use one of: standard, fast",
     ),

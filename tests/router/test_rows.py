@@ -198,7 +198,7 @@ class TestCompletions:
             dead_letter=DeadLetter(status="pending", resolution=None, error="no\0 \ud800", retry_in=300.0),
         )
         columns = rows.completion_arguments([delivered, dead], NOW)
-        assert len(columns) == 35
+        assert len(columns) == 36
         assert columns[:7] == [
             [5, 6],
             [NOW, NOW],
@@ -224,7 +224,7 @@ class TestCompletions:
         assert json.loads(letter[4]) == {"id": "wamid.1", "x": "\ufffd"}
         assert letter[5] == "no\ufffd ?"
         assert letter[6:9] == ["pending", None, NOW + timedelta(seconds=300)]
-        assert letter[9:] == ["wamid.1", "1:250", 3, "c-1"]
+        assert letter[9:] == ["wamid.1", "1:250", 3, "c-1", False]
 
     def test_the_last_change_of_a_session_counts(self) -> None:
         changes = [
@@ -243,19 +243,26 @@ class TestCompletions:
         assert columns[13] == [1, 2]
 
     def test_nothing_is_every_column_empty(self) -> None:
-        assert rows.completion_arguments([], NOW) == [[]] * 35
+        assert rows.completion_arguments([], NOW) == [[]] * 36
 
     @pytest.mark.parametrize(
         ("letter", "expected"),
         [
-            (None, ["delivered", "reprocessed", "reprocessed", None, None, 1, True]),
+            (None, ["delivered", "reprocessed", "reprocessed", None, None, 1, True, False]),
             (
                 DeadLetter(status="failed", resolution="rejected", error="no\0", retry_in=None),
-                ["rejected", "rejected", "failed", "no\ufffd", None, 1, True],
+                ["rejected", "rejected", "failed", "no\ufffd", None, 1, True, False],
             ),
             (
-                DeadLetter(status="pending", resolution=None, error="later", retry_in=60.0, counted=False),
-                ["rejected", None, "pending", "later", NOW + timedelta(seconds=60), 1, False],
+                DeadLetter(
+                    status="pending",
+                    resolution=None,
+                    error="later",
+                    retry_in=60.0,
+                    counted=False,
+                    keeps_order=True,
+                ),
+                ["rejected", None, "pending", "later", NOW + timedelta(seconds=60), 1, False, True],
             ),
         ],
     )
@@ -271,11 +278,11 @@ class TestCompletions:
             dead_letter=letter,
         )
         arguments = rows.replay_arguments(completion, NOW)
-        assert len(arguments) == 17
+        assert len(arguments) == 18
         assert arguments[0].int == 1
-        assert arguments[1:8] == expected
-        assert (arguments[8] is None) is (letter is not None)
-        assert arguments[15:] == ["250", ['{"type":"text"}']]
+        assert arguments[1:9] == expected
+        assert (arguments[9] is None) is (letter is not None)
+        assert arguments[16:] == ["250", ['{"type":"text"}']]
 
     @given(st.text())
     def test_text_is_what_postgres_takes(self, value: str) -> None:
@@ -294,7 +301,10 @@ LETTER: dict[str, Any] = {
     "seq": 3,
     "service": "rides",
     "revision": 0,
+    "resolution": None,
     "retry_count": 2,
+    "attempts": 3,
+    "keeps_order": False,
     "message_id": "wamid.1",
     "session_key": "100:250",
     "received_at": NOW,
@@ -325,6 +335,20 @@ class TestReplays:
         assert found.message["text"]["body"] == text
         assert (found.wa_id, found.phone_number_id, found.domain, found.retries) == ("250", "100", "rides", 2)
         assert (found.key, found.dead_letter) == ("msg_" + "6b" * 16, str(uuid.UUID(int=7)))
+
+    @pytest.mark.parametrize(
+        ("changed", "told"),
+        [
+            ({}, (True, True, False)),
+            ({"attempts": 0, "resolution": "no_service"}, (False, True, False)),
+            ({"attempts": 0, "resolution": "deferred", "keeps_order": True}, (False, False, True)),
+            ({"attempts": 1, "resolution": "deferred", "keeps_order": True}, (True, False, True)),
+            ({"keeps_order": True}, (True, False, False)),
+        ],
+    )
+    def test_what_it_says_of_its_past(self, changed: dict[str, Any], told: tuple[bool, ...]) -> None:
+        found = rows.replay_of(LETTER | changed)
+        assert (found.redelivered, found.overtaken, found.deferred) == told
 
     @pytest.mark.parametrize("payload", ["[" * 1_000 + "]" * 1_000, "[]", "7", "null"])
     def test_what_cannot_be_read_is_empty_and_stops_nobody(self, payload: str) -> None:

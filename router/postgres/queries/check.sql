@@ -1,10 +1,10 @@
 -- name: counts
 -- Tables against tallies, in one snapshot.
 SELECT h.received, h.duplicates, h.malformed, h.handled AS handled_at_once, h.next_seq - 1 AS journaled,
-       t.handled, t.delivered, t.rejected, t.dead_letter, t.discarded, t.unreadable_answer, t.low_water,
+       t.handled, t.delivered, t.rejected, t.dead_letter, t.deferred, t.discarded, t.unreadable_answer, t.low_water,
        i.items, i.items_malformed, i.items_handled, i.items_open,
        o.outcomes, o.outcomes_handled, o.outcomes_delivered, o.outcomes_rejected, o.outcomes_dead_letter,
-       o.outcomes_discarded,
+       o.outcomes_deferred, o.outcomes_discarded,
        d.letters_pending, d.letters_processing, d.letters_failed, d.letters_reprocessed
   FROM journal_head h
  CROSS JOIN delivery_tallies t
@@ -18,6 +18,7 @@ SELECT h.received, h.duplicates, h.malformed, h.handled AS handled_at_once, h.ne
                     count(*) FILTER (WHERE outcome = 'delivered') AS outcomes_delivered,
                     count(*) FILTER (WHERE outcome = 'rejected') AS outcomes_rejected,
                     count(*) FILTER (WHERE outcome = 'dead_letter') AS outcomes_dead_letter,
+                    count(*) FILTER (WHERE outcome = 'deferred') AS outcomes_deferred,
                     count(*) FILTER (WHERE outcome = 'discarded') AS outcomes_discarded
                FROM message_outcomes) o
  CROSS JOIN (SELECT count(*) FILTER (WHERE status = 'pending') AS letters_pending,
@@ -50,12 +51,13 @@ SELECT 'unfinished item without a session', i.seq FROM whatsapp_messages_items i
 UNION ALL
 SELECT 'dead letter outcome without its dead letter', o.seq FROM message_outcomes o
   LEFT JOIN webhook_dlq d ON d.seq = o.seq
- WHERE o.outcome IN ('dead_letter', 'rejected') AND (d.seq IS NULL OR d.status = 'reprocessed')
+ WHERE o.outcome IN ('dead_letter', 'rejected', 'deferred') AND (d.seq IS NULL OR d.status = 'reprocessed')
 UNION ALL
 SELECT 'dead letter without its outcome', d.seq FROM webhook_dlq d
   LEFT JOIN message_outcomes o ON o.seq = d.seq AND o.received_at = d.received_at
  WHERE o.seq IS NULL OR (d.status = 'reprocessed') <> (o.outcome = 'delivered')
     OR (d.resolution IS NOT DISTINCT FROM 'discarded') <> (o.outcome = 'discarded')
+    OR (d.resolution IS NOT DISTINCT FROM 'deferred') <> (o.outcome = 'deferred')
 UNION ALL
 SELECT 'unfinished item that the recovery would not find', i.seq FROM whatsapp_messages_items i
  CROSS JOIN delivery_tallies t

@@ -4,7 +4,7 @@ SELECT postroom_release_dead_letters($1, $2, $3, $4, $5);
 -- name: claim_dead_letters
 -- The bytes where they still are, else the message as the letter keeps it; an edited one is always the latter.
 -- A letter whose item is gone has the one key that is left to it, the same each time.
-SELECT d.id, d.seq, d.service, d.revision, d.retry_count, d.message_id, d.session_key, d.received_at,
+SELECT d.id, d.seq, d.service, d.resolution, d.revision, d.retry_count, d.attempts, d.keeps_order, d.message_id, d.session_key, d.received_at,
        d.phone_number, d.correlation_id, d.payload::text AS payload, i.path, e.traceparent, e.body,
        coalesce(i.key, uuid_send(d.id)) AS key,
        coalesce(i.phone_number_id, split_part(d.session_key, ':', 1)) AS phone_number_id
@@ -17,7 +17,10 @@ SELECT d.id, d.seq, d.service, d.revision, d.retry_count, d.message_id, d.sessio
 SELECT postroom_expire_dead_letters($1, $2, $3);
 
 -- name: log_retry_run
-SELECT postroom_log_retry_run($1, $2, $3, $4, $5, $6);
+SELECT service, due FROM postroom_log_retry_run($1, $2, $3, $4, $5, $6);
+
+-- name: held_pairs
+SELECT DISTINCT session_key, service FROM webhook_dlq WHERE keeps_order AND status IN ('pending', 'processing');
 
 -- name: ask_for_run
 SELECT process_dlq_entries();

@@ -400,6 +400,7 @@ class TestStatuses:
 
 PENDING = DeadLetter(status="pending", resolution=None, error="down", retry_in=60.0)
 DUE = replace(PENDING, retry_in=0.0)
+DEFERRED = replace(DUE, resolution="deferred", counted=False, keeps_order=True)
 NOBODY = replace(PENDING, resolution="no_service", retry_in=None, counted=False)
 REJECTED = DeadLetter(status="failed", resolution="rejected", error="no", retry_in=None)
 
@@ -418,7 +419,9 @@ class TestDeadLetters:
     ) -> Item:
         """A message that became a dead letter."""
         item = await stored(journal, name, sender, **fields)
-        place = Place.REJECTED if letter.resolution == "rejected" else Place.DEAD_LETTER
+        place = {"rejected": Place.REJECTED, "deferred": Place.DEFERRED}.get(
+            letter.resolution or "", Place.DEAD_LETTER
+        )
         await complete(journal, epoch, done(item, service=service, place=place, dead_letter=letter))
         return item
 
@@ -448,7 +451,8 @@ class TestDeadLetters:
         return await journal.claim_dead_letters(epoch, 10, ["rides"], **options)
 
     async def next_due(self, journal: PostgresJournal, epoch: int) -> float | None:
-        return await journal.log_retry_run(epoch, processed=0, failed=0, error=None, services=["rides"])
+        due = await journal.log_retry_run(epoch, processed=0, failed=0, error=None, services=["rides"])
+        return min(due.values(), default=None)
 
     async def claimed(self, journal: PostgresJournal, item: Item, epoch: int) -> Item:
         [replay] = await self.claim(journal, epoch)
@@ -459,9 +463,34 @@ class TestDeadLetters:
         """Those that are not zero; they agree with the tables."""
         await assert_conserved(database)
         [row] = await database.fetch(
-            "SELECT delivered, rejected, dead_letter, discarded FROM delivery_tallies WHERE shard = 0"
+            "SELECT delivered, rejected, dead_letter, deferred, discarded FROM delivery_tallies"
         )
         return {name: count for name, count in row.items() if count}
+
+    @pytest.mark.parametrize(
+        ("letter", "place"),
+        [(None, "delivered"), (REJECTED, "rejected"), (PENDING, "dead_letter"), (DEFERRED, "deferred")],
+    )
+    async def test_what_was_deferred_is_somewhere_else_when_it_was_tried(
+        self, journal: PostgresJournal, database: Database, letter: DeadLetter | None, place: str
+    ) -> None:
+        epoch = await database.take_epoch()
+        item = await self.letter(journal, epoch, letter=DEFERRED)
+        assert await self.tallies(database) == {"deferred": 1}
+        replay = await self.claimed(journal, item, epoch)
+        await complete(journal, epoch, done(replay, place=Place(place), dead_letter=letter))
+        assert await self.tallies(database) == {place: 1}
+
+    async def test_what_was_deferred_can_expire_or_be_discarded(
+        self, journal: PostgresJournal, database: Database
+    ) -> None:
+        epoch = await database.take_epoch()
+        first, _ = [await self.letter(journal, epoch, name, DEFERRED) for name in "ab"]
+        assert await self.act(database, "discard", "gone", seq=first.seq) == 1
+        assert await self.tallies(database) == {"deferred": 1, "discarded": 1}
+        assert await journal.expire_dead_letters(epoch, timedelta(seconds=-1)) == 1
+        assert await self.tallies(database) == {"dead_letter": 1, "discarded": 1}
+        assert await journal.held_pairs() == []
 
     async def test_a_replay_that_is_delivered(self, journal: PostgresJournal, database: Database) -> None:
         epoch = await database.take_epoch()
@@ -684,6 +713,7 @@ class TestDeadLetters:
                 dead_letter=replay.dead_letter,
                 domain="rides",
                 redelivered=True,
+                overtaken=True,
             )
             await complete(journal, epoch, done(replay, place=Place.REJECTED, dead_letter=REJECTED))
         assert await self.tallies(database) == {"rejected": 1}
@@ -705,6 +735,7 @@ class TestDeadLetters:
             dead_letter=replay.dead_letter,
             domain="rides",
             redelivered=True,
+            overtaken=True,
         )
 
     async def test_a_letter_whose_bytes_are_there_is_replayed_as_it_was_sent(
