@@ -315,6 +315,7 @@ class Plan:
     delay: float = 0.0
     hang: bool = False
     answer: bytes = b"{}"
+    retry_after: int | None = None  # seconds
 
     @property
     def accepts(self) -> bool:
@@ -354,7 +355,10 @@ class Services:
                     if plan.hang:
                         await trio.sleep_forever()
                     await trio.sleep(plan.delay)
-                    head = f"HTTP/1.1 {plan.status} Said\r\nContent-Length: {len(plan.answer)}\r\n\r\n"
+                    head = f"HTTP/1.1 {plan.status} Said\r\nContent-Length: {len(plan.answer)}\r\n"
+                    if plan.retry_after is not None:
+                        head += f"Retry-After: {plan.retry_after}\r\n"
+                    head += "\r\n"
                     await stream.send_all(head.encode() + plan.answer)
 
     def _take(self, sight: Sight) -> Plan:
@@ -416,7 +420,7 @@ def text_of(message: Mapping[str, Any]) -> str:
     return str(content.get("body", content.get("caption", "")))
 
 
-def write_config(home: Path, services: Services, more: str = "", **settings: Mapping[str, int]) -> Path:
+def write_config(home: Path, services: Services, more: str = "", **settings: Mapping[str, int | str]) -> Path:
     """A postroom.toml with the services of `TEXTS`, each with its own `settings`."""
     tables = []
     for domain in TEXTS:
