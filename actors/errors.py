@@ -10,6 +10,11 @@ class JournalRefused(JournalUnavailable):
     may be taken."""
 
 
+class SpoolUnavailable(Exception):
+    """The spool cannot take this, or cannot be read: disk full, an I/O error, its bound. Nothing of this call
+    counts."""
+
+
 class LeaseLost(Exception):
     """Another process delivers now (or this one's epoch is over); nothing of this call was stored."""
 

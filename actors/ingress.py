@@ -9,10 +9,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from .errors import JournalRefused, JournalUnavailable
+from .errors import JournalRefused, JournalUnavailable, SpoolUnavailable
 from .kernel import Actor
 from .messages import Appended, Delivery, Duplicates, Item
-from .ports import Journal
+from .ports import Journal, Spool
 
 Feed = Callable[[int, int, list[Item]], None]
 """Told of every committed flush: its first seq, its last seq, and the items that sessions take."""
@@ -20,17 +20,27 @@ Feed = Callable[[int, int, list[Item]], None]
 
 @dataclass(slots=True)
 class IngressStatistics:
-    """Since start: flushes committed, items journaled, duplicates found, deliveries refused."""
+    """Since start: flushes committed, items journaled, duplicates found, deliveries spooled and refused."""
 
     flushes: int = 0
     items: int = 0
     duplicates: int = 0
+    spooled: int = 0
     refused: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What is left of a flush without its duplicates, and where it stands; None: only the journal knows."""
+
+    deliveries: list[Delivery]
+    appended: Appended | None
 
 
 class Ingress(Actor[Delivery]):
     """Owns the journal's writing end. `max_rows` and `max_bytes` bound one flush. `is_fed`: whether
-    anybody in this process takes what `feed` is told; another one finds it in the journal.
+    anybody in this process takes what `feed` is told; another one finds it in the journal. What the journal
+    cannot take goes to the `spool`, and everything after it, until that is empty.
     """
 
     def __init__(
@@ -42,7 +52,8 @@ class Ingress(Actor[Delivery]):
         look: Callable[[], None],
         max_rows: int,
         max_bytes: int,
-        on_refused: Callable[[JournalUnavailable], None],
+        on_refused: Callable[[Exception], None],
+        spool: Spool | None = None,
     ) -> None:
         self._journal = journal
         self._feed = feed
@@ -51,18 +62,20 @@ class Ingress(Actor[Delivery]):
         self._max_rows = max_rows
         self._max_bytes = max_bytes
         self._on_refused = on_refused
+        self._spool = spool
         self.statistics = IngressStatistics()
 
     async def receive(self, batch: list[Delivery]) -> None:
         unsettled = deque(batch)
         try:
-            for flush in self._flushes(batch):
+            for flush in self.flushes(batch):
                 await self._flush(flush, unsettled)
         except BaseException:
             _settle(unsettled, len(unsettled), False)
             raise
 
-    def _flushes(self, batch: list[Delivery]) -> Iterator[list[Delivery]]:
+    def flushes(self, batch: list[Delivery]) -> Iterator[list[Delivery]]:
+        """The batch in parts that one transaction may hold."""
         flush: list[Delivery] = []
         rows = size = 0
         for delivery in batch:
@@ -77,8 +90,11 @@ class Ingress(Actor[Delivery]):
         yield flush
 
     async def _flush(self, flush: list[Delivery], unsettled: deque[Delivery]) -> None:
+        if self._spool is not None and not (self._spool.is_empty and all(one.items for one in flush)):
+            await self._to_spool(self._spool, flush, unsettled)
+            return
         try:
-            stored, duplicates, result = await self._append(flush)
+            stored = await self.append(flush)
         except JournalUnavailable as error:
             if isinstance(error, JournalRefused) and len(flush) > 1:
                 # One body's data must not fail the others: halves, until it is alone.
@@ -86,30 +102,54 @@ class Ingress(Actor[Delivery]):
                 await self._flush(flush[:middle], unsettled)
                 await self._flush(flush[middle:], unsettled)
                 return
-            self._on_refused(error)
-            self.statistics.refused += len(flush)
-            _settle(unsettled, len(flush), False)
+            if self._spool is not None and not isinstance(error, JournalRefused):
+                await self._to_spool(self._spool, flush, unsettled)
+                return
+            self._refuse(error, flush, unsettled)
             return
-        self.statistics.flushes += 1
-        self.statistics.duplicates += duplicates
         # Answer first: the phones' side waits for nothing that delivery does.
         _settle(unsettled, len(flush), True)
-        if result is None:
-            self._look()  # committed, but only the journal knows as what
-        elif stored:
-            self.statistics.items += len(result.session_keys)
-            if self._is_fed():
-                self._hand_on(stored, result)
+        self.hand_on(stored)
 
-    async def _append(self, flush: list[Delivery]) -> tuple[list[Delivery], int, Appended | None]:
-        """What was stored of the flush, how many duplicates it had, and where the rest stands."""
-        stored, duplicates = _cut_repeats(flush)
+    async def _to_spool(self, spool: Spool, flush: list[Delivery], unsettled: deque[Delivery]) -> None:
+        try:
+            await spool.append(flush)
+        except SpoolUnavailable as error:
+            self._refuse(error, flush, unsettled)
+            return
+        self.statistics.spooled += len(flush)
+        _settle(unsettled, len(flush), True)
+
+    def _refuse(self, error: Exception, flush: list[Delivery], unsettled: deque[Delivery]) -> None:
+        self._on_refused(error)
+        self.statistics.refused += len(flush)
+        _settle(unsettled, len(flush), False)
+
+    async def append(self, flush: list[Delivery]) -> Stored:
+        """Store a flush without the duplicates that it has.
+
+        Raises:
+            JournalUnavailable: nothing of it was stored.
+        """
+        left, duplicates = _cut_repeats(flush)
         while True:
-            result = await self._journal.append(stored, duplicates=duplicates)
+            result = await self._journal.append(left, duplicates=duplicates)
             if not isinstance(result, Duplicates):
-                return stored, duplicates, result
+                break
             duplicates += len(result.positions)
-            stored = _cut(stored, result.positions)
+            left = _cut(left, result.positions)
+        self.statistics.flushes += 1
+        self.statistics.duplicates += duplicates
+        return Stored(left, result)
+
+    def hand_on(self, stored: Stored) -> None:
+        """To the sessions of this process, if it delivers."""
+        if stored.appended is None:
+            self._look()  # committed, but only the journal knows as what
+        elif stored.deliveries:
+            self.statistics.items += len(stored.appended.session_keys)
+            if self._is_fed():
+                self._hand_on(stored.deliveries, stored.appended)
 
     def _hand_on(self, stored: list[Delivery], result: Appended) -> None:
         seq = first = result.first_seq

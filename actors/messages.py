@@ -170,7 +170,8 @@ class Incoming:
 @dataclass(slots=True, eq=False)
 class Delivery:
     """One signed body from Meta with its items. `settle(stored)` answers the sender, exactly once.
-    `cut` is how its channel makes it smaller.
+    `cut` is how its channel makes it smaller. Without items it could not be split yet: the key of the
+    ledger's hashes is in the database.
     """
 
     app: str
@@ -185,6 +186,16 @@ class Delivery:
     def without(self, positions: frozenset[int]) -> Delivery | None:
         """The same body with the items at these positions cut out, or None when nothing is left."""
         return self.cut(self, positions)
+
+
+@dataclass(frozen=True, slots=True)
+class Spooled:
+    """One signed body that waits for the journal, as it was accepted."""
+
+    app: str
+    body: bytes
+    correlation_id: str
+    traceparent: str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from .messages import (
     Outcome,
     Reply,
     Session,
+    Spooled,
 )
 
 Clock = Callable[[], datetime]
@@ -96,6 +97,41 @@ class Journal(Protocol):
 
     async def load_sessions(self, keys: Sequence[str]) -> Mapping[str, tuple[Session, datetime]]:
         """The stored sessions among `keys`, each with the time of its last interaction."""
+
+
+class Spool(Protocol):
+    """Where bodies wait while the journal is away, in the order in which they were accepted."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing waits, and nothing is on its way here."""
+
+    async def append(self, deliveries: Sequence[Delivery]) -> None:
+        """Returns when these are durable.
+
+        Raises:
+            SpoolUnavailable: none of them counts.
+        """
+
+    async def filled(self) -> None:
+        """Return when something waits."""
+
+    async def read(self) -> list[Spooled]:
+        """What comes next; the same again until `done` or `refused`. Empty when nothing waits any more.
+
+        Raises:
+            SpoolUnavailable: it cannot be read.
+        """
+
+    def done(self, count: int) -> None:
+        """The first `count` of what `read` gave are in the journal."""
+
+    async def refused(self) -> None:
+        """The journal will never take the first of what `read` gave: it is set aside and reported.
+
+        Raises:
+            SpoolUnavailable: it cannot be set aside.
+        """
 
 
 class Lease(Protocol):

@@ -19,7 +19,7 @@ from urllib.parse import parse_qsl
 import trio
 
 from actors.kernel import Address, MailboxClosed, MailboxFull
-from actors.messages import Delivery
+from actors.messages import Delivery, Spooled
 from router.channels import whatsapp
 from router.channels.whatsapp import AppSecret, Splitter
 from router.config import AppConfig
@@ -73,13 +73,21 @@ class Webhooks:
     """
 
     def __init__(
-        self, apps: Iterable[AppConfig], ingress: Address[Delivery], *, dedup_key: Callable[[], bytes | None]
+        self,
+        apps: Iterable[AppConfig],
+        ingress: Address[Delivery],
+        *,
+        dedup_key: Callable[[], bytes | None],
+        spools: bool = False,
     ) -> None:
+        """Without the key of the ledger nothing can be split: with `spools` it is taken all the same."""
         self._ingress = ingress
         self._dedup_key = dedup_key
+        self._spools = spools
         apps = tuple(apps)
         claimed = {number: app.name for app in apps for number in app.numbers}
         self._routes = {app.path.encode(): _App(app, claimed) for app in apps}
+        self._apps = {app.config.name: app for app in self._routes.values()}
         self._id_prefix = os.urandom(6).hex()
         self._ids = count(1)
 
@@ -95,6 +103,20 @@ class Webhooks:
         splitter = app.splitter(dedup_key)
         assert splitter is not None
         return splitter
+
+    def split_again(self, spooled: Spooled) -> Delivery | None:
+        """What was spooled, as it is journaled; None while the key of the ledger is not known. A body of an
+        app that was taken out of the configuration is split as the first one's."""
+        app = self._apps.get(spooled.app) or next(iter(self._apps.values()))
+        splitter = app.splitter(self._dedup_key())
+        if splitter is None:
+            return None
+        return splitter.delivery(
+            spooled.body,
+            correlation_id=spooled.correlation_id,
+            traceparent=spooled.traceparent,
+            settle=lambda stored: None,
+        )
 
     async def accept(self, request: Request, respond: Respond) -> None:
         """Answer through `respond`, exactly once: at once, or when the body has been stored (or could
@@ -138,15 +160,20 @@ class Webhooks:
 
     def _take(self, app: _App, body: bytes, exchange: _Exchange) -> Callable[[], Awaitable[None]] | None:
         splitter = app.splitter(self._dedup_key())
-        if splitter is None:
+        if splitter is not None:
+            delivery = splitter.delivery(
+                body,
+                correlation_id=exchange.correlation_id,
+                traceparent=exchange.traceparent,
+                settle=exchange.settle,
+            )
+        elif self._spools:
+            delivery = unsplit(
+                app.config.name, body, exchange.correlation_id, exchange.traceparent, exchange.settle
+            )
+        else:
             exchange.answer(503, error_body("unavailable", "the database has not been reached yet"))
             return None
-        delivery = splitter.delivery(
-            body,
-            correlation_id=exchange.correlation_id,
-            traceparent=exchange.traceparent,
-            settle=exchange.settle,
-        )
         try:
             self._ingress.tell_nowait(delivery)
         except MailboxFull:
@@ -163,6 +190,13 @@ class Webhooks:
                 delivery.settle(False)
         if waited.cancelled_caught:
             delivery.settle(False)
+
+
+def unsplit(
+    app: str, body: bytes, correlation_id: str, traceparent: str | None, settle: Callable[[bool], None]
+) -> Delivery:
+    """A body that can be spooled, and not yet be journaled."""
+    return Delivery(app, body, [], correlation_id, traceparent, lambda whole, positions: None, settle)
 
 
 class _Exchange:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -14,13 +14,14 @@ from typing import Any
 import trio
 
 from actors.breaker import Breaker, BreakerState
-from actors.errors import JournalUnavailable
+from actors.errors import JournalUnavailable, SpoolUnavailable
 from actors.ingress import Ingress, IngressStatistics
 from actors.kernel import Address, ChildSpec, Strategy, Supervisor
 from actors.messages import Delivery, Envelope, Session
 from actors.owner import Owner
 from actors.ports import Clock
 from actors.tree import ServiceSpec, TreeSpec
+from actors.unspooler import Unspooler
 from router.accept import Webhooks, is_correlation_id, is_traceparent
 from router.channels.whatsapp import OBJECT
 from router.config import Config, ServiceConfig
@@ -40,6 +41,7 @@ from router.postgres.lease import PostgresLease
 from router.postgres.migrate import MigrationError, migrate, pending, shipped_migrations
 from router.retry import REDELIVERY, Backoff
 from router.routing import Routes
+from router.spool.directory import SpoolDirectory
 
 _log = get_logger("postroom")
 
@@ -49,6 +51,8 @@ CANCELLED_DRAIN_SECONDS = 5.0
 _INGRESS_LINGER = 4
 _KEEP_HOUSE_EVERY = 3_600.0
 _MENU_EVERY = 30.0
+_REACH_EVERY = 0.2  # seconds between looks whether a database is there that was not at the start
+_REACH_AT_LEAST_EVERY = 2.0
 
 
 class NotStored(Exception):
@@ -70,6 +74,7 @@ class RouterStatistics:
     live_sessions: int
     waiting_for: Mapping[str, int]
     breakers: Mapping[str, str]  # service -> closed, open or half-open
+    spool_bytes: int | None  # that wait for the database; None: there is no spool
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +142,11 @@ class Router:
         self._ingress_address: Address[Delivery] = Address(
             "ingress", limits.ingress_capacity, linger=_INGRESS_LINGER
         )
+        self.spool: SpoolDirectory | None = None
+        if limits.spool_max_bytes:
+            self.spool = SpoolDirectory(
+                config.data_dir / "spool", max_bytes=limits.spool_max_bytes, report=_report_spool
+            )
         self._ingress = Ingress(
             self.journal,
             feed=self._owner.feed,
@@ -145,8 +155,16 @@ class Router:
             max_rows=limits.flush_max_rows,
             max_bytes=limits.flush_max_bytes,
             on_refused=partial(_report, "ingress"),
+            spool=self.spool,
         )
-        self.webhooks = Webhooks(config.apps, self._ingress_address, dedup_key=lambda: self._dedup_key)
+        self.webhooks = Webhooks(
+            config.apps,
+            self._ingress_address,
+            dedup_key=lambda: self._dedup_key,
+            spools=self.spool is not None,
+        )
+        self._reached = trio.Event()  # the database, with the schema that it has to have
+        self._waiting = trio.CancelScope()
 
     def _service_specs(self) -> list[ServiceSpec]:
         specs = []
@@ -214,6 +232,7 @@ class Router:
             undelivered=dispatcher.undelivered if dispatcher is not None else 0,
             live_sessions=dispatcher.live_sessions if dispatcher is not None else 0,
             waiting_for=dispatcher.waiting_for if dispatcher is not None else {},
+            spool_bytes=None if self.spool is None else self.spool.size,
             breakers=(
                 {}
                 if tree is None
@@ -225,6 +244,10 @@ class Router:
     def delivers(self) -> bool:
         """Whether this process holds the lease; another one on the same database may."""
         return self._epoch is not None
+
+    async def can_accept(self) -> bool:
+        """Whether what comes now could be made durable without the database."""
+        return self.spool is not None and await self.spool.probe()
 
     async def probe(self) -> None:
         """Ask the database for one row. Raises JournalUnavailable."""
@@ -244,11 +267,31 @@ class Router:
         self._epoch = epoch
         _log.info("delivering" if epoch is not None else "not delivering", epoch=epoch)
 
+    async def open_spool(self) -> None:
+        """Raises SpoolUnavailable: its directory cannot be used."""
+        if self.spool is not None:
+            await self.spool.open()
+
     async def prepare(self) -> None:
-        """Partitions, the ledger's key and the menu, before the first message. Raises JournalUnavailable."""
+        """Partitions, the ledger's key and the menu, before the first message is journaled. Raises
+        JournalUnavailable."""
         await self.journal.keep_house()
-        self._dedup_key = await self.journal.dedup_key()
         await self._load_menu()
+        self._dedup_key = await self.journal.dedup_key()
+        self._reached.set()
+
+    async def reach(self, migrate: Callable[[], Awaitable[object]]) -> None:
+        """Bring the schema up to date, or check it, and `prepare`, as soon as the database is there."""
+        wait = _REACH_EVERY
+        while True:
+            try:
+                await migrate()
+                await self.prepare()
+                return
+            except (JournalUnavailable, MigrationError) as trouble:
+                _report("database", trouble)
+                await trio.sleep(wait)
+                wait = min(wait * 2, _REACH_AT_LEAST_EVERY)
 
     async def run(self) -> None:
         """Until `drain` has been called and everything in hand is finished."""
@@ -261,7 +304,15 @@ class Router:
             ),
         ]
         if self.config.delivery.enabled:
-            children.insert(0, ChildSpec("owner", self._owner.run, self._owner.drain))
+            children.insert(0, ChildSpec("owner", self._run_owner, self._drain_owner))
+        if self.spool is not None:
+            unspooler = Unspooler(
+                self.spool,
+                self._ingress,
+                split=self.webhooks.split_again,
+                on_trouble=partial(_report, "spool"),
+            )
+            children.append(ChildSpec("unspooler", unspooler.run, unspooler.stop))
         self._supervisor = Supervisor(
             "router",
             children,
@@ -274,6 +325,16 @@ class Router:
             nursery.start_soon(self._keep_house)
             await self._supervisor.run()
             nursery.cancel_scope.cancel()
+
+    async def _run_owner(self) -> None:
+        with self._waiting:
+            await self._reached.wait()
+        if not self._waiting.cancel_called:
+            await self._owner.run()
+
+    def _drain_owner(self) -> None:
+        self._waiting.cancel()
+        self._owner.drain()
 
     def _bury_ingress(self) -> None:
         """It will journal nothing more: who still waits is told so, and Meta sends again."""
@@ -289,9 +350,12 @@ class Router:
     async def close(self) -> None:
         await self._lease.close()
         await self.journal.close()
+        if self.spool is not None:
+            self.spool.close()
 
     async def _keep_house(self) -> None:
         """Partitions are made ahead and the ledger rotates; the menu follows its table."""
+        await self._reached.wait()
         next_house = trio.current_time() + _KEEP_HOUSE_EVERY
         while True:
             await trio.sleep(_MENU_EVERY)
@@ -328,13 +392,17 @@ def _report(what: str, error: Exception) -> None:
     _log.warning("trouble", component=what, error=describe(error), exc_info=_unless_expected(error))
 
 
+def _report_spool(event: str, details: Mapping[str, object]) -> None:
+    _log.error(event, component="spool", **details)
+
+
 def _report_breaker(service: str, breaker: Breaker) -> None:
     level = _log.info if breaker.state is not BreakerState.OPEN else _log.warning
     level("breaker", service=service, state=breaker.state, reason=breaker.reason, probe_in=breaker.probe_in())
 
 
 def _unless_expected(error: Exception) -> Exception | None:
-    return None if isinstance(error, JournalUnavailable) else error
+    return None if isinstance(error, JournalUnavailable | SpoolUnavailable) else error
 
 
 @asynccontextmanager
@@ -425,18 +493,34 @@ async def open_router(
     Raises:
         ConfigError: the configuration cannot be used; every problem is listed.
         ValueError: a handler's domain is not in the configuration.
-        EmbeddedPostgresError, MigrationError, JournalUnavailable: the database cannot be used.
+        EmbeddedPostgresError, MigrationError, JournalUnavailable: the database cannot be used. One that is
+            not ours to start may come later where there is a spool.
+        SpoolUnavailable: the directory of the spool cannot be used.
     """
     checked(config)
     async with AsyncExitStack() as stack:
         dsn = await stack.enter_async_context(open_database(config, report=report))
         bridge = await stack.enter_async_context(open_bridge())
         apply = config.database_url is None if apply_migrations is None else apply_migrations
-        await migrate_database(bridge, dsn(), apply=apply)
+
+        async def migrate() -> None:
+            await migrate_database(bridge, dsn(), apply=apply)
+
         router = Router(config, handlers or {}, bridge=bridge, dsn=dsn, clock=clock, random_unit=random_unit)
         stack.push_async_callback(_shielded, router.close, 5.0)
-        await router.prepare()
+        await router.open_spool()
+        reached = True
+        try:
+            await migrate()
+            await router.prepare()
+        except JournalUnavailable as away:
+            if router.spool is None or config.database_url is None:
+                raise
+            report(f"{away}; what is accepted waits in {config.data_dir / 'spool'} until it is there")
+            reached = False
         async with trio.open_nursery() as nursery:
+            if not reached:
+                nursery.start_soon(router.reach, migrate)
             nursery.start_soon(router.run)
             drain_for = CANCELLED_DRAIN_SECONDS
             try:

@@ -59,12 +59,12 @@ def load(*, config_file: Path | None, need_secrets: bool, **overrides: object) -
 @contextmanager
 def failing_plainly() -> Iterator[None]:
     """What a user can cause or mend is a message, not a traceback."""
-    from actors.errors import JournalUnavailable
+    from actors.errors import JournalUnavailable, SpoolUnavailable
     from router.postgres.embedded import EmbeddedPostgresError
     from router.postgres.migrate import MigrationError
     from router.serve import CannotListen
 
-    expected = (JournalUnavailable, EmbeddedPostgresError, MigrationError, CannotListen)
+    expected = (JournalUnavailable, SpoolUnavailable, EmbeddedPostgresError, MigrationError, CannotListen)
     try:
         yield
     except expected as error:

@@ -139,6 +139,9 @@ class LimitsConfig:
     session_mailbox: int = 32
     max_live_sessions: int = 4_096
     backlog_limit: int = 1_000_000
+    spool_max_bytes: int = (
+        1_073_741_824  # what waits on this disk while the database is away; 0: nothing does
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,7 +38,7 @@ _ADMIN_TOKEN = re.compile(r"[A-Za-z0-9._~+/=-]{16,512}", re.ASCII)  # RFC 6750, 
 _NUMBER = re.compile(r"[0-9]{1,32}", re.ASCII)
 _INT32_MAX: Final = 2**31 - 1
 _TEN_YEARS_IN_HOURS: Final = 87_600
-_UNSET_OR_ZERO: Final = frozenset({"backlog_limit"})  # 0 makes it a plain limiter
+_UNSET_OR_ZERO: Final = frozenset({"backlog_limit", "spool_max_bytes"})  # 0: a plain limiter, no spool
 
 _APP_SECRET_FIX: Final = "set it to the App Secret of the Meta app (App settings, Basic)"
 _VERIFY_TOKEN_FIX: Final = "set it to the word that you type as Verify token in Meta's webhook form"

@@ -18,6 +18,7 @@ from actors.errors import JournalUnavailable
 from router.app import Router
 from router.edge.disconnects import withhold_disconnects
 
+HEALTHY, DEGRADED, UNHEALTHY = "healthy", "degraded", "unhealthy"
 PROBE_SECONDS = 5.0  # the database probe's bound (M26)
 RETRIER_LATE = timedelta(minutes=10)  # without a run for so long, it does not keep its five minutes
 
@@ -30,20 +31,20 @@ def admin_app(router: Router, *, is_ready: Callable[[], bool]) -> QuartTrio:
 
     @app.get("/health/live")
     async def live() -> Response:
-        return jsonify({"status": "healthy"})
+        return jsonify({"status": HEALTHY})
 
     @app.get("/health/ready")
     async def ready() -> tuple[Response, int]:
         database = await _probe(router)
-        healthy = is_ready() and database["status"] == "healthy"
-        return jsonify({"status": "healthy" if healthy else "unhealthy"}), 200 if healthy else 503
+        status = await _status(database, router) if is_ready() else UNHEALTHY
+        return jsonify({"status": status}), 503 if status == UNHEALTHY else 200
 
     @app.get("/health")
     async def health() -> tuple[Response, int]:
         database = await _probe(router)
         statistics = router.statistics()
         delivery = {
-            "status": "healthy",
+            "status": HEALTHY,
             "role": "delivers" if router.delivers else "stands by",
             "epoch": statistics.epoch,
             "undelivered": statistics.undelivered,
@@ -51,9 +52,16 @@ def admin_app(router: Router, *, is_ready: Callable[[], bool]) -> QuartTrio:
             "waiting_for": dict(statistics.waiting_for),
             "breakers": dict(statistics.breakers),
         }
-        status = database["status"] if is_ready() else "unhealthy"
-        body = {"status": status, "components": {"database": database, "delivery": delivery}}
-        return jsonify(body), 200 if status == "healthy" else 503
+        components = {"database": database, "delivery": delivery}
+        if statistics.spool_bytes is not None:
+            usable = await router.can_accept()
+            components["spool"] = {
+                "status": HEALTHY if usable else UNHEALTHY,
+                "bytes": statistics.spool_bytes,
+            }
+        status = await _status(database, router) if is_ready() else UNHEALTHY
+        body = {"status": status, "components": components}
+        return jsonify(body), 503 if status == UNHEALTHY else 200
 
     def may_act() -> bool:
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
@@ -82,18 +90,25 @@ def admin_app(router: Router, *, is_ready: Callable[[], bool]) -> QuartTrio:
             try:
                 counts = await router.dead_letters()
             except JournalUnavailable:
-                return jsonify({"status": "unhealthy"}), 503
+                return jsonify({"status": UNHEALTHY}), 503
             late = counts.since_last_run is None or counts.since_last_run > RETRIER_LATE
             body = {
-                "status": "degraded" if late else "healthy",
+                "status": DEGRADED if late else HEALTHY,
                 "open": counts.open,
                 "failed": counts.failed,
                 "last_run": None if counts.last_run is None else counts.last_run.isoformat(),
             }
             return jsonify(body), 200
-        return jsonify({"status": "unhealthy"}), 503
+        return jsonify({"status": UNHEALTHY}), 503
 
     return app
+
+
+async def _status(database: dict[str, Any], router: Router) -> str:
+    """Degraded: what comes is durable in the spool, and nothing is delivered."""
+    if database["status"] == HEALTHY:
+        return HEALTHY
+    return DEGRADED if await router.can_accept() else UNHEALTHY
 
 
 def _refused() -> tuple[Response, int]:
@@ -108,9 +123,9 @@ async def _probe(router: Router) -> dict[str, Any]:
         try:
             await router.probe()
         except JournalUnavailable:
-            return {"status": "unhealthy", "latency_ms": _since(started)}
-        return {"status": "healthy", "latency_ms": _since(started)}
-    return {"status": "unhealthy", "latency_ms": _since(started)}
+            return {"status": UNHEALTHY, "latency_ms": _since(started)}
+        return {"status": HEALTHY, "latency_ms": _since(started)}
+    return {"status": UNHEALTHY, "latency_ms": _since(started)}
 
 
 def _since(started: float) -> float:
