@@ -12,6 +12,7 @@ from bench import ack as ack_benchmark
 from bench import bridge as bridge_benchmark
 from bench import coldstart as coldstart_benchmark
 from bench import hang as hang_benchmark
+from bench import outage as outage_benchmark
 from bench.databases import UnfairDatabase
 from bench.processes import ProcessFailed
 
@@ -102,6 +103,24 @@ def hang(rounds: int, seconds: float, json_path: Path | None) -> None:
     """
     settings = hang_benchmark.HangSettings(rounds=rounds, seconds=seconds)
     _finish(lambda: hang_benchmark.run(settings, json_path))
+
+
+@main.command()
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--seconds", default=60.0, show_default=True, type=click.FloatRange(1), help="Postgres is away so long."
+)
+@click.option(
+    "--rate", default=300.0, show_default=True, type=click.FloatRange(1), help="Webhooks per second."
+)
+@_JSON
+def outage(rounds: int, seconds: float, rate: float, json_path: Path | None) -> None:
+    """How fast webhooks are answered while Postgres is away, and the time to catch up after it.
+
+    Example: python -m bench outage --rounds 3 --seconds 60
+    """
+    settings = outage_benchmark.OutageSettings(rounds=rounds, seconds=seconds, rate=rate)
+    _finish(lambda: outage_benchmark.run(settings, json_path))
 
 
 @main.command()

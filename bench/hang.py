@@ -165,6 +165,11 @@ def acked_of(loads: Sequence[Round], text: int) -> int:
     return sum((one.load.ok + 1 - text) // len(TEXTS) for one in loads)
 
 
+def waits(places: dict[str, int]) -> int:
+    """How many wait for the service that hangs: before its breaker opened, and in their turn after that."""
+    return places.get("journaled", 0) + places.get("deferred", 0)
+
+
 def what_was_lost(hang: bool, loads: Sequence[Round], accounts: Accounts, rides_seen: int) -> list[str]:
     """Every disagreement between what was acked and what the tables and the handler say. Pure."""
     lost = list(accounts.problems)
@@ -177,7 +182,7 @@ def what_was_lost(hang: bool, loads: Sequence[Round], accounts: Accounts, rides_
         )
     if sum(accounts.insurance.values()) != insurance:
         lost.append(f"{insurance} for insurance were acked, the tables say {accounts.insurance}")
-    elsewhere = set(accounts.insurance) - {"journaled", "dead_letter", "delivered"}
+    elsewhere = set(accounts.insurance) - {"journaled", "deferred", "dead_letter", "delivered"}
     if elsewhere:
         lost.append(f"for insurance in no place that is delivered or waits: {', '.join(sorted(elsewhere))}")
     waiting = accounts.insurance.get("journaled", 0)
@@ -289,7 +294,7 @@ def show(result: HangRounds, verdicts: Sequence[Verdict]) -> None:
         latencies = [
             number(median_or_none(one.latency_ms[name] for one in mine), 1) for name in ("p50", "p95", "p99")
         ]
-        waiting = number(median_or_none(one.accounts.insurance.get("journaled", 0) for one in mine))
+        waiting = number(median_or_none(waits(one.accounts.insurance) for one in mine))
         peak = number(median_or_none(one.peak_rss_mib for one in mine))
         rows.append(("one hangs" if hang else "all answer", *latencies, peak, waiting))
     print_table(

@@ -73,7 +73,7 @@ def spec_for(running: Running, *, connections: int, seconds: float, requests: in
     )
 
 
-class _GeneratorProcess:
+class GeneratorProcess:
     """The load generator in its own process, built and waiting for the go."""
 
     def __init__(self, spec: LoadSpec) -> None:
@@ -101,7 +101,7 @@ class _GeneratorProcess:
 
 
 async def _generate(running: Running, spec: LoadSpec) -> tuple[CpuClocks, LoadResult, CpuClocks]:
-    generator = _GeneratorProcess(spec)
+    generator = GeneratorProcess(spec)
     try:
         await trio.to_thread.run_sync(generator.wait_built)
         before = running.cpu()

@@ -180,16 +180,23 @@ END $$;
 -- that the one before it is what the service stumbles over.
 CREATE OR REPLACE FUNCTION postroom_claim_dead_letters(
     p_epoch bigint, p_now timestamptz, p_limit integer, p_services text[], p_others boolean
-) RETURNS SETOF webhook_dlq LANGUAGE plpgsql AS $$
+) RETURNS SETOF webhook_dlq LANGUAGE plpgsql SET enable_seqscan = off AS $$
+DECLARE
+    wanted text[] := p_services;
 BEGIN
     PERFORM postroom_require_epoch(p_epoch);
+    IF p_others THEN
+        wanted := ARRAY(SELECT DISTINCT c.service FROM webhook_dlq c
+                         WHERE c.status = 'pending' AND c.retry_requested_at IS NOT NULL
+                           AND c.service <> ALL (p_services));
+    END IF;
     RETURN QUERY
     UPDATE webhook_dlq d
        SET status = 'processing', claimed_epoch = p_epoch, updated_at = p_now
      WHERE d.status = 'pending' AND d.id IN (
-        SELECT head.id FROM (
+        SELECT head.id FROM unnest(wanted) AS w (service) CROSS JOIN LATERAL (
             SELECT c.id, c.attempts, c.seq FROM webhook_dlq c
-             WHERE c.status = 'pending' AND (c.service = ANY (p_services)) <> p_others
+             WHERE c.status = 'pending' AND c.service = w.service
                AND (c.retry_requested_at IS NOT NULL
                     OR (NOT p_others AND postroom_is_due(c, p_now)))
                AND NOT EXISTS (

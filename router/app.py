@@ -36,7 +36,7 @@ from router.postgres.bridge import Bridge, open_bridge
 from router.postgres.connections import connect
 from router.postgres.embedded import EmbeddedPostgres
 from router.postgres.errors import TRANSIENT, describe
-from router.postgres.journal import PostgresJournal
+from router.postgres.journal import PATIENCE, WITH_A_SPOOL, PostgresJournal
 from router.postgres.lease import PostgresLease
 from router.postgres.migrate import MigrationError, migrate, pending, shipped_migrations
 from router.retry import REDELIVERY, Backoff
@@ -114,9 +114,15 @@ class Router:
             bridge, dsn, on_journal=lambda: self._owner.look(), on_dead_letters=lambda: self._owner.replay()
         )
         # One that stood still has an epoch and no longer the lease.
-        self.journal = PostgresJournal(bridge, dsn, clock=clock, notify=lambda: not self._lease.held())
-        self._routes = Routes(config.routing, config.services)
         limits = config.limits
+        self.journal = PostgresJournal(
+            bridge,
+            dsn,
+            clock=clock,
+            notify=lambda: not self._lease.held(),
+            patience=WITH_A_SPOOL if limits.spool_max_bytes else PATIENCE,
+        )
+        self._routes = Routes(config.routing, config.services)
         self._owner = Owner(
             self._lease,
             TreeSpec(

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -25,17 +26,27 @@ LEDGER_GENERATION = timedelta(days=8)  # dedup is guaranteed for 8 to 16 days (M
 PARTITIONS_AHEAD = 4  # weeks and months
 _RELEASED_AT_ONCE = 1_000  # dead letters
 PATIENCE = 2.0  # seconds that a flush waits for a database that is just being restarted
+WITH_A_SPOOL = 0.25  # the same, where it need not wait
 
 
 class PostgresJournal:
-    """One per process. `notify` is asked at each flush: true when another process may deliver."""
+    """One per process. `notify` is asked at each flush: true when another process may deliver. `patience`:
+    seconds for which a flush is tried before it fails.
+    """
 
     def __init__(
-        self, bridge: Bridge, dsn: Callable[[], str], *, clock: Clock, notify: Callable[[], bool]
+        self,
+        bridge: Bridge,
+        dsn: Callable[[], str],
+        *,
+        clock: Clock,
+        notify: Callable[[], bool],
+        patience: float = PATIENCE,
     ) -> None:
         self._bridge = bridge
         self._clock = clock
         self._notify = notify
+        self._patience = patience
         self._writer = uuid.uuid4()
         self._flush = 0
         self._append_line = Line(dsn, "append", on_open=self._register)
@@ -63,7 +74,7 @@ class PostgresJournal:
         self, now: datetime, notify: bool, duplicates: int, arguments: list[Any]
     ) -> Appended | Duplicates | None:
         loop = asyncio.get_running_loop()
-        give_up = loop.time() + PATIENCE
+        give_up = loop.time() + self._patience
         in_doubt = False
         while True:
             try:
@@ -107,7 +118,9 @@ class PostgresJournal:
         async def complete() -> None:
             with translated("complete"):
                 try:
-                    async with self._complete_line.use() as connection:
+                    async with self._complete_line.use() as connection, AsyncExitStack() as stack:
+                        if replay_arguments:  # one statement is a transaction by itself
+                            await stack.enter_async_context(connection.transaction())
                         await connection.execute(
                             _SQL["complete"], epoch, now, low_water, stragglers, *arguments
                         )
