@@ -30,6 +30,9 @@ from router.postgres.embedded import EmbeddedPostgres
 
 _ENV = {"WHATSAPP_APP_SECRET": SECRET, "WHATSAPP_VERIFY_TOKEN": "bench-verify-token"}
 _WARM_UP_SECONDS = 2.0
+_ENDED = """
+SELECT count(*) FROM whatsapp_messages WHERE direction = 'inbound' AND place IN ('delivered', 'handled')
+"""
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,7 @@ async def disagreements(dsn: str, loads: list[LoadResult]) -> list[str]:
     async def ask() -> tuple[list[str], int]:
         connection = await asyncpg.connect(dsn)
         try:
-            rows = "SELECT count(*) FROM whatsapp_messages WHERE direction = 'inbound' AND place IN ('delivered', 'handled')"
-            return list((await recount(connection)).problems), await connection.fetchval(rows)
+            return list((await recount(connection)).problems), await connection.fetchval(_ENDED)
         finally:
             await connection.close()
 

@@ -23,7 +23,7 @@ LAYERS = {
     "edge": ("edge",),
     "app": ("router", "router.app"),
     "accept": ("accept",),
-    "adapters": ("postgres", "delivery", "channels"),
+    "adapters": ("postgres", "delivery", "channels", "spool"),
     "policy": ("routing", "retry", "home_menu"),
     "config": ("config", "config_file", "config_rules", "settings"),
     "words": ("domains", "json_text"),
