@@ -17,7 +17,8 @@ _LONGEST_WAIT = 1.0  # seconds between two looks whether the journal is back
 class Unspooler:
     """One per process. `split` makes a delivery of a body; None: the database has not been reached yet. While
     anything waits in the spool nobody else in this process writes to the journal: whatever is accepted
-    meanwhile comes after it.
+    meanwhile comes after it. `on_trouble` is told of the first of several failures in a row, `on_emptied` how
+    many bodies were brought.
     """
 
     def __init__(
@@ -27,12 +28,15 @@ class Unspooler:
         *,
         split: Callable[[Spooled], Delivery | None],
         on_trouble: Callable[[Exception], None],
+        on_emptied: Callable[[int], None],
         retry_after: float = 0.1,
     ) -> None:
         self._spool = spool
         self._ingress = ingress
         self._split = split
         self._on_trouble = on_trouble
+        self._on_emptied = on_emptied
+        self._brought = 0
         self._retry_after = retry_after
         self._scope = trio.CancelScope()
         self._stopped = False
@@ -45,16 +49,21 @@ class Unspooler:
     async def run(self) -> None:
         """Until `stop`."""
         with trio.CancelScope() as self._scope:
-            wait = self._retry_after
+            wait, in_trouble = self._retry_after, False
             while not self._stopped:
                 await self._spool.filled()
                 try:
                     await self._empty()
-                    wait = self._retry_after
                 except (JournalUnavailable, SpoolUnavailable) as trouble:
-                    self._on_trouble(trouble)
+                    if not in_trouble:
+                        self._on_trouble(trouble)
+                    in_trouble = True
                     await trio.sleep(wait)
                     wait = min(wait * 2, _LONGEST_WAIT)
+                else:
+                    self._on_emptied(self._brought)
+                    self._brought = 0
+                    wait, in_trouble = self._retry_after, False
 
     async def _empty(self) -> None:
         at_once: int | None = None  # fewer after one that was refused
@@ -77,4 +86,5 @@ class Unspooler:
                     at_once = None
                 continue
             self._spool.done(len(flush))
+            self._brought += len(flush)
             self._ingress.hand_on(stored)

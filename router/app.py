@@ -256,8 +256,8 @@ class Router:
         return self.spool is not None and await self.spool.probe()
 
     async def probe(self) -> None:
-        """Ask the database for one row. Raises JournalUnavailable."""
-        await self.journal.dedup_key()
+        """Raises JournalUnavailable: the database is away, or takes no writes."""
+        await self.journal.probe()
 
     async def ask_for_retries(self) -> None:
         """Have dead letters that are due retried now, by whoever delivers. Raises JournalUnavailable."""
@@ -317,6 +317,7 @@ class Router:
                 self._ingress,
                 split=self.webhooks.split_again,
                 on_trouble=partial(_report, "spool"),
+                on_emptied=lambda count: _log.info("the spool is empty again", journaled=count),
             )
             children.append(ChildSpec("unspooler", unspooler.run, unspooler.stop))
         self._supervisor = Supervisor(

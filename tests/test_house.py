@@ -53,7 +53,12 @@ MAY_IMPORT = {
 
 BETWEEN_ADAPTERS = {("postgres", "channels")}  # a stored body is read as the channel reads it
 
-ADAPTERS_OF_PORTS = {"router.postgres.journal", "router.postgres.lease", "router.delivery.http"}
+ADAPTERS_OF_PORTS = {
+    "router.postgres.journal",
+    "router.postgres.lease",
+    "router.delivery.http",
+    "router.spool.directory",
+}
 """Only router.app knows these: everybody else knows the port."""
 
 OURS = {

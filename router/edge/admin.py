@@ -105,9 +105,9 @@ def admin_app(router: Router, *, is_ready: Callable[[], bool]) -> QuartTrio:
 
 
 async def _status(database: dict[str, Any], router: Router) -> str:
-    """Degraded: what comes is durable in the spool, and nothing is delivered."""
+    """Degraded: what comes is durable in the spool, and not delivered yet."""
     if database["status"] == HEALTHY:
-        return HEALTHY
+        return DEGRADED if router.statistics().spool_bytes else HEALTHY
     return DEGRADED if await router.can_accept() else UNHEALTHY
 
 

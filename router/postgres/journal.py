@@ -13,6 +13,7 @@ from typing import Any
 
 import asyncpg
 
+from actors.errors import JournalUnavailable
 from actors.messages import Appended, Backlog, Completion, Delivery, Duplicates, Item, Session
 from actors.ports import Clock
 
@@ -27,6 +28,7 @@ PARTITIONS_AHEAD = 4  # weeks and months
 _RELEASED_AT_ONCE = 1_000  # dead letters
 PATIENCE = 2.0  # seconds that a flush waits for a database that is just being restarted
 WITH_A_SPOOL = 0.25  # the same, where it need not wait
+FLUSH_SECONDS = 5.0  # a server that does not answer for so long counts as away: a flush takes milliseconds
 
 
 class PostgresJournal:
@@ -78,7 +80,7 @@ class PostgresJournal:
         in_doubt = False
         while True:
             try:
-                async with self._append_line.use() as connection:
+                async with asyncio.timeout(FLUSH_SECONDS), self._append_line.use() as connection:
                     if in_doubt:
                         if await connection.fetchval(_SQL["resolve_flush"], self._writer, self._flush):
                             return None
@@ -159,6 +161,11 @@ class PostgresJournal:
     async def home_menu(self) -> list[Any]:
         """The active rows of the home menu: country, language, domain, title, description."""
         return await self._fetch("home_menu")
+
+    async def probe(self) -> None:
+        """Raises JournalUnavailable: the database is away, or takes no writes, as after a failover."""
+        if (await self._fetch("takes_no_writes"))[0][0]:
+            raise JournalUnavailable("the database is read-only")
 
     async def dedup_key(self) -> bytes:
         """The key of the ledger's hashes."""

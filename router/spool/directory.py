@@ -76,12 +76,17 @@ class SpoolDirectory:
 
     async def open(self) -> None:
         """Lock a directory, and take over those that nobody has. Raises SpoolUnavailable."""
-        self._segments.extend(await _in_thread(self._open))
+        try:
+            self._segments.extend(await _in_thread(self._open))
+        except SpoolUnavailable as error:
+            fix = "give another --data-dir, or set limits.spool_max_bytes to 0"
+            raise SpoolUnavailable(f"{error}; {fix}") from error
         if self._segments:
             self._filled.set()
 
     def _open(self) -> list[_Segment]:
-        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for directory in (self._root.parent, self._root):  # mode is that of the last one made only
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         adopted: list[_Segment] = []
         for left in sorted(path for path in self._root.iterdir() if _DIRECTORY.fullmatch(path.name)):
             if self._lock(left):

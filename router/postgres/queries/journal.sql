@@ -12,6 +12,9 @@ SELECT postroom_resolve_flush($1, $2);
 -- name: dedup_key
 SELECT value FROM postroom_keys WHERE name = 'dedup';
 
+-- name: takes_no_writes
+SELECT current_setting('transaction_read_only')::boolean;
+
 -- name: newest
 SELECT next_seq - 1 FROM journal_head WHERE shard = 0;
 

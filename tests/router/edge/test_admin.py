@@ -35,6 +35,8 @@ class StandIn:
     token: str | None = "a-token-of-20-letters"
     asked: int = 0
     since_last_run: timedelta | None = timedelta(minutes=1)
+    spools: bool | None = False  # None: there is no spool
+    spooled: int = 0
 
     @property
     def config(self) -> Any:
@@ -58,7 +60,17 @@ class StandIn:
             raise JournalUnavailable("the database is away")
 
     def statistics(self) -> Any:
-        return SimpleNamespace(epoch=self.epoch, undelivered=3, live_sessions=2, waiting_for={"rides": 1})
+        return SimpleNamespace(
+            epoch=self.epoch,
+            undelivered=3,
+            live_sessions=2,
+            waiting_for={"rides": 1},
+            breakers={"rides": "open"},
+            spool_bytes=None if self.spools is None else self.spooled,
+        )
+
+    async def can_accept(self) -> bool:
+        return bool(self.spools)
 
 
 async def ask(router: StandIn, path: str, *, ready: bool = True) -> tuple[int, Any]:
@@ -79,6 +91,11 @@ class TestReady:
     @pytest.mark.parametrize(("ready", "away"), [(False, False), (True, True), (False, True)])
     async def test_not_ready(self, ready: bool, away: bool) -> None:
         assert await ask(StandIn(away=away), "/health/ready", ready=ready) == (503, {"status": "unhealthy"})
+
+    async def test_with_a_spool_it_is_ready_while_the_database_is_away(self) -> None:
+        router = StandIn(away=True, spools=True)
+        assert await ask(router, "/health/ready") == (200, {"status": "degraded"})
+        assert await ask(router, "/health/ready", ready=False) == (503, {"status": "unhealthy"})
 
 
 class TestLive:
@@ -102,13 +119,28 @@ class TestHealth:
             "undelivered": 3,
             "live_sessions": 2,
             "waiting_for": {"rides": 1},
+            "breakers": {"rides": "open"},
         }
+        assert body["components"]["spool"] == {"status": "unhealthy", "bytes": 0}
 
     async def test_the_database_is_away(self) -> None:
         status, body = await ask(StandIn(away=True), "/health")
         assert (status, body["status"]) == (503, "unhealthy")
         assert body["components"]["database"]["status"] == "unhealthy"
         assert body["components"]["delivery"]["status"] == "healthy"
+
+    async def test_the_database_is_away_and_the_spool_takes_what_comes(self) -> None:
+        status, body = await ask(StandIn(away=True, spools=True, spooled=5), "/health")
+        assert (status, body["status"]) == (200, "degraded")
+        assert body["components"]["spool"] == {"status": "healthy", "bytes": 5}
+
+    async def test_the_database_is_back_and_the_spool_is_not_empty_yet(self) -> None:
+        status, body = await ask(StandIn(spools=True, spooled=5), "/health")
+        assert (status, body["status"]) == (200, "degraded")
+
+    async def test_there_is_no_spool(self) -> None:
+        _, body = await ask(StandIn(spools=None), "/health")
+        assert "spool" not in body["components"]
 
     async def test_the_process_is_stopping(self) -> None:
         status, body = await ask(StandIn(), "/health", ready=False)

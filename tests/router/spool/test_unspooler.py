@@ -46,6 +46,7 @@ class House:
         self.fed: list[Item] = []
         self.troubles: list[str] = []
         self.reached = True
+        self.emptied: list[int] = []
         self.spool = SpoolDirectory(root, max_bytes=1_000_000, report=lambda event, details: None)
         self.ingress = Ingress(
             self.journal,
@@ -61,6 +62,7 @@ class House:
             self.ingress,
             split=self._split,
             on_trouble=lambda error: self.troubles.append(str(error)),
+            on_emptied=self.emptied.append,
             retry_after=0.01,
         )
 
@@ -107,6 +109,7 @@ async def test_while_the_journal_is_away_everything_waits_in_order(tmp_path: Pat
         assert home.journal.texts == list("abcde")
         assert [item.message["text"]["body"] for item in home.fed] == list("abcde")
         assert home.ingress.statistics.spooled == 3
+        assert (home.troubles, home.emptied) == (["away"], [3])
 
 
 async def test_what_comes_while_it_is_brought_comes_after_it(tmp_path: Path) -> None:
