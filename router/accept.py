@@ -104,6 +104,11 @@ class Webhooks:
         assert splitter is not None
         return splitter
 
+    def splitter_of(self, app: str) -> Splitter | None:
+        """The splitter of that app; None when the configuration does not have it."""
+        found = self._apps.get(app)
+        return None if found is None else found.splitter(self._dedup_key())
+
     def split_again(self, spooled: Spooled) -> Delivery | None:
         """What was spooled, as it is journaled; None while the key of the ledger is not known. A body of an
         app that was taken out of the configuration is split as the first one's."""

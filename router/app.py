@@ -381,6 +381,28 @@ class Router:
         )
 
 
+@asynccontextmanager
+async def operators_ingress(
+    config: Config, bridge: Bridge, dsn: Callable[[], str]
+) -> AsyncIterator[tuple[Ingress, Webhooks]]:
+    """What journals, and what splits, for an operator's command beside a running router."""
+    journal = PostgresJournal(bridge, dsn, clock=utc_now, notify=lambda: True)
+    ingress = Ingress(
+        journal,
+        feed=lambda first, last, items: None,
+        is_fed=lambda: False,
+        look=lambda: None,
+        max_rows=config.limits.flush_max_rows,
+        max_bytes=config.limits.flush_max_bytes,
+        on_refused=lambda error: None,
+    )
+    try:
+        key = await journal.dedup_key()
+        yield ingress, Webhooks(config.apps, Address("none", 1), dedup_key=lambda: key)
+    finally:
+        await _shielded(journal.close, 3.0)
+
+
 def _service_spec(service: ServiceConfig, lane: Any) -> ServiceSpec:
     return ServiceSpec(
         name=service.name,

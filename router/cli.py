@@ -25,6 +25,7 @@ from router.command import (
 )
 from router.config import Config
 from router.dlq import dlq
+from router.events import events
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -39,6 +40,7 @@ def main() -> None:
 
 
 main.add_command(dlq)
+main.add_command(events)
 
 
 @main.command()

@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -104,3 +106,33 @@ def say(line: str) -> None:
 
 def print_json(value: Any) -> None:
     click.echo(json.dumps(value, default=str))
+
+
+def with_config(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives the command `config` for the options of the database."""
+
+    @wraps(function)
+    def command(
+        data_dir: Path | None, database_url: str | None, config_file: Path | None, **rest: Any
+    ) -> Any:
+        config = load(
+            config_file=config_file, need_secrets=False, data_dir=data_dir, database_url=database_url
+        )
+        return function(config=config, **rest)
+
+    return database_options(command)
+
+
+def printable(_context: click.Context, _option: click.Parameter, written: str | None) -> str | None:
+    """What the database takes: an argument that is not UTF-8 comes as lone surrogates."""
+    if written is not None and not written.isprintable():
+        raise click.BadParameter(f"{written!r} has characters that no name has")
+    return written
+
+
+def actor() -> str:
+    """Who acts, for the audit log: the operating system's user."""
+    try:
+        return f"cli:{getpass.getuser()}"
+    except (KeyError, OSError):
+        return "cli"

@@ -4,7 +4,6 @@ at a time; what an act does stands in router.operations.
 
 from __future__ import annotations
 
-import getpass
 import json
 import re
 import sys
@@ -12,13 +11,21 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
-from functools import wraps
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from router.command import F, Failure, database_options, json_option, load, operate, print_json, say
+from router.command import (
+    F,
+    Failure,
+    actor,
+    json_option,
+    operate,
+    print_json,
+    printable,
+    say,
+    with_config,
+)
 from router.config import Config
 
 if TYPE_CHECKING:
@@ -42,23 +49,20 @@ def _age(_context: click.Context, _option: click.Parameter, written: str | None)
         raise click.BadParameter(f"{written} is too long") from None
 
 
-def _text(_context: click.Context, _option: click.Parameter, written: str | None) -> str | None:
-    """What the database takes: an argument that is not UTF-8 comes as lone surrogates."""
-    if written is not None and not written.isprintable():
-        raise click.BadParameter(f"{written!r} has characters that no name has")
-    return written
-
-
 def _filters(function: F) -> F:
     for option in (
         click.option("--older-than", callback=_age, metavar="AGE", help="Dead for longer: 30m, 12h, 7d."),
-        click.option("--session", callback=_text, help="Only those of one conversation (its session_key)."),
+        click.option(
+            "--session", callback=printable, help="Only those of one conversation (its session_key)."
+        ),
         click.option(
             "--resolution",
-            type=click.Choice(["exhausted", "rejected", "discarded", "no_service", "reprocessed"]),
+            type=click.Choice(
+                ["deferred", "exhausted", "rejected", "discarded", "no_service", "reprocessed"]
+            ),
         ),
         click.option("--status", type=click.Choice(["pending", "processing", "reprocessed", "failed"])),
-        click.option("--service", callback=_text, help="Only those of one service."),
+        click.option("--service", callback=printable, help="Only those of one service."),
     ):
         function = option(function)
     return function
@@ -93,21 +97,6 @@ def _which(ids: Sequence[uuid.UUID], chosen: dict[str, Any], limit: int | None =
     )
 
 
-def _with_config(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives the command `config` for the options of the database."""
-
-    @wraps(function)
-    def command(
-        data_dir: Path | None, database_url: str | None, config_file: Path | None, **rest: Any
-    ) -> Any:
-        config = load(
-            config_file=config_file, need_secrets=False, data_dir=data_dir, database_url=database_url
-        )
-        return function(config=config, **rest)
-
-    return database_options(command)
-
-
 @click.group()
 def dlq() -> None:
     """Dead letters: what could not be delivered.
@@ -121,7 +110,7 @@ def dlq() -> None:
 @_filters
 @click.option("--limit", type=click.IntRange(1, 100_000), default=50, show_default=True)
 @json_option
-@_with_config
+@with_config
 def list_letters(config: Config, limit: int, as_json: bool, **chosen: Any) -> None:
     """List dead letters, oldest message first.
 
@@ -145,7 +134,7 @@ def list_letters(config: Config, limit: int, as_json: bool, **chosen: Any) -> No
 @dlq.command("show")
 @click.argument("identity", metavar="ID", type=click.UUID)
 @json_option
-@_with_config
+@with_config
 def show(config: Config, identity: uuid.UUID, as_json: bool) -> None:
     """Show one dead letter, with its message.
 
@@ -166,31 +155,31 @@ def show(config: Config, identity: uuid.UUID, as_json: bool) -> None:
 @_bulk
 @_filters
 @json_option
-@_with_config
+@with_config
 def retry(config: Config, as_json: bool, **asked: Any) -> None:
     """Have dead letters delivered again now, by the running router or by the next one that starts.
 
     \b
     Example:   postroom dlq retry --all --service rides --rate 20
     """
-    _act(config, "retried", as_json, asked, lambda o, ids: o.retry(ids, actor=_actor()))
+    _act(config, "retried", as_json, asked, lambda o, ids: o.retry(ids, actor=actor()))
 
 
 @dlq.command("discard")
 @_bulk
 @_filters
 @click.option(
-    "--reason", required=True, callback=_text, help="Why; it stands in the audit log. No personal data."
+    "--reason", required=True, callback=printable, help="Why; it stands in the audit log. No personal data."
 )
 @json_option
-@_with_config
+@with_config
 def discard(config: Config, as_json: bool, reason: str, **asked: Any) -> None:
     """Give dead letters up for good: they are listed as discarded, and never delivered.
 
     \b
     Example:   postroom dlq discard --all --resolution exhausted --older-than 7d --reason "campaign is over"
     """
-    _act(config, "discarded", as_json, asked, lambda o, ids: o.discard(ids, reason=reason, actor=_actor()))
+    _act(config, "discarded", as_json, asked, lambda o, ids: o.discard(ids, reason=reason, actor=actor()))
 
 
 @dlq.command("edit")
@@ -201,7 +190,7 @@ def discard(config: Config, as_json: bool, reason: str, **asked: Any) -> None:
     type=click.File("r", encoding="utf-8-sig"),
     help="File with the new message as JSON, - for standard input. Without it $EDITOR opens.",
 )
-@_with_config
+@with_config
 def edit(config: Config, identity: uuid.UUID, source: IO[str] | None) -> None:
     """Change the message of a dead letter and have it delivered now, under a new idempotency key.
 
@@ -221,7 +210,7 @@ def edit(config: Config, identity: uuid.UUID, source: IO[str] | None) -> None:
     if message == letter["payload"]:
         click.echo("nothing was changed")
         return
-    number = operate(config, lambda o: o.edit(identity, message, actor=_actor()))
+    number = operate(config, lambda o: o.edit(identity, message, actor=actor()))
     if number is None:
         raise Failure(f"{identity} is {letter['status']} and cannot be edited")
     click.echo(f"edit {number} of {identity} is to be delivered")
@@ -235,7 +224,7 @@ def edit(config: Config, identity: uuid.UUID, source: IO[str] | None) -> None:
     default="-",
     help="File [standard output].",
 )
-@_with_config
+@with_config
 def export(config: Config, output: IO[str], **chosen: Any) -> None:
     """Write dead letters as JSON Lines, one letter a line, with their messages.
 
@@ -253,7 +242,7 @@ def export(config: Config, output: IO[str], **chosen: Any) -> None:
 @click.option("--dry-run", is_flag=True, help="Only say how many it would be.")
 @click.option("--rate", type=click.FloatRange(min=0.1), help="Letters a second, at most.")
 @json_option
-@_with_config
+@with_config
 def import_letters(config: Config, source: IO[str], dry_run: bool, rate: float | None, as_json: bool) -> None:
     """Apply an exported file: each letter whose message was changed in it is edited and delivered again.
 
@@ -281,7 +270,7 @@ def import_letters(config: Config, source: IO[str], dry_run: bool, rate: float |
                     counts["edited" if identity in possible else "refused"] += 1
                 else:
                     await pace.wait(1)
-                    number = await operations.edit(identity, wanted[identity], actor=_actor())
+                    number = await operations.edit(identity, wanted[identity], actor=actor())
                     counts["refused" if number is None else "edited"] += 1
         return counts
 
@@ -394,11 +383,3 @@ def _imported(source: IO[str]) -> Iterator[tuple[uuid.UUID, dict[str, Any]]]:
             yield identity, _message(json.dumps(payload), where)
     except UnicodeDecodeError:
         raise Failure("the file is not UTF-8") from None
-
-
-def _actor() -> str:
-    """Who acts, for the audit log: the operating system's user."""
-    try:
-        return f"cli:{getpass.getuser()}"
-    except (KeyError, OSError):
-        return "cli"

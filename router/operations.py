@@ -13,7 +13,7 @@ import asyncpg
 import trio
 
 from actors.errors import JournalUnavailable
-from router.app import migrate_database, open_database, utc_now
+from router.app import migrate_database, open_database, operators_ingress, utc_now
 from router.channels.whatsapp import Splitter
 from router.config import Config
 from router.conservation import Conservation, recount
@@ -22,12 +22,38 @@ from router.postgres.bridge import Bridge, open_bridge
 from router.postgres.connections import connect
 from router.postgres.errors import TRANSIENT, describe
 from router.postgres.statements import statements
+from router.reparse import StoredEvent, readable_again
 
 T = TypeVar("T")
 
 _LETTERS = statements("dead_letters")
 _CHECK = statements("check")
 _JOURNAL = statements("journal")
+_EVENTS = statements("events")
+_PAGE = 100  # events
+
+
+class UnknownApp(Exception):
+    """A stored body is of an app that the configuration does not have: nobody can say which numbers are its
+    own."""
+
+    def __init__(self, event_id: int, app: str) -> None:
+        super().__init__(
+            f"event {event_id} is of app {app!r}, which the configuration does not have with its secret; "
+            "add it, or set the variable that has the secret"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Reparsed:
+    """How many events and malformed items were split again, and how many of these items are readable now."""
+
+    events: int = 0
+    items: int = 0
+    readable: int = 0
+
+    def __add__(self, other: Reparsed) -> Reparsed:
+        return Reparsed(self.events + other.events, self.items + other.items, self.readable + other.readable)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +80,12 @@ class Letters:
 class Operations:
     """One connection to the database of a configuration."""
 
-    def __init__(self, bridge: Bridge, connection: asyncpg.Connection) -> None:
+    def __init__(
+        self, config: Config, bridge: Bridge, dsn: Callable[[], str], connection: asyncpg.Connection
+    ) -> None:
+        self._config = config
         self._bridge = bridge
+        self._dsn = dsn
         self._connection = connection
 
     async def _run(self, work: Callable[[asyncpg.Connection], Awaitable[T]]) -> T:
@@ -104,6 +134,80 @@ class Operations:
             lambda c: c.fetchval(_LETTERS["edit"], utc_now(), actor, identity, storable(message))
         )
         return edit
+
+    # Events
+
+    async def events(self, *, every: bool, reason: str | None, limit: int) -> list[dict[str, Any]]:
+        """Stored bodies, newest first: those with malformed items, or all of them."""
+        found = await self._run(lambda c: c.fetch(_EVENTS["select"], every, reason, limit))
+        return [dict(row) for row in found]
+
+    async def event(self, event_id: int) -> dict[str, Any] | None:
+        """One of them with its bytes, and where its malformed items stand."""
+
+        async def work(connection: asyncpg.Connection) -> dict[str, Any] | None:
+            row = await connection.fetchrow(_EVENTS["show"], event_id)
+            if row is None:
+                return None
+            malformed = await connection.fetch(_EVENTS["malformed"], event_id)
+            return {**row, "malformed": [dict(one) for one in malformed]}
+
+        return await self._run(work)
+
+    async def reparse(
+        self, ids: Sequence[int] | None, reason: str | None, *, dry_run: bool, actor: str
+    ) -> Reparsed:
+        """Split malformed items again, with the configuration as it is now, and journal what is readable.
+        Repeating it is harmless.
+
+        Raises:
+            UnknownApp: an event is of an app that the configuration does not have.
+        """
+        done = Reparsed()
+        after = 0
+        async with operators_ingress(self._config, self._bridge, self._dsn) as (ingress, webhooks):
+            while page := await self._malformed_after(after, ids, reason):
+                for event in page:
+                    splitter = webhooks.splitter_of(event.app)
+                    if splitter is None:
+                        raise UnknownApp(event.event_id, event.app)
+                    delivery, paths = readable_again(splitter, event)
+                    done += Reparsed(1, len(event.paths), len(paths))
+                    if delivery is not None and not dry_run:
+                        await ingress.append([delivery])
+                        await self._mark_reparsed(event.event_id, paths, actor)
+                after = page[-1].event_id
+        return done
+
+    async def _malformed_after(
+        self, after: int, ids: Sequence[int] | None, reason: str | None
+    ) -> list[StoredEvent]:
+        async def work(connection: asyncpg.Connection) -> list[StoredEvent]:
+            wanted = None if ids is None else list(ids)
+            found = []
+            for row in await connection.fetch(_EVENTS["malformed_events"], after, wanted, reason, _PAGE):
+                event = await connection.fetchrow(_EVENTS["show"], row["event_id"])
+                if event is not None:
+                    found.append(
+                        StoredEvent(
+                            row["event_id"],
+                            event["app"],
+                            event["body"],
+                            event["correlation_id"],
+                            event["traceparent"],
+                            row["paths"],
+                        )
+                    )
+            return found
+
+        return await self._run(work)
+
+    async def _mark_reparsed(self, event_id: int, paths: Sequence[str], actor: str) -> None:
+        await self._run(
+            lambda c: c.fetchval(_EVENTS["mark_reparsed"], utc_now(), actor, event_id, list(paths))
+        )
+
+    # Messages
 
     async def became_of(self, number: str, message_id: str) -> dict[str, Any] | None:
         """Where a message is, or None when it is not known."""
@@ -163,7 +267,7 @@ async def open_operations(
 
         connection = await bridge.run(open_connection)
         try:
-            yield Operations(bridge, connection)
+            yield Operations(config, bridge, dsn, connection)
         finally:
             with trio.move_on_after(3) as closing:
                 closing.shield = True

@@ -18,8 +18,8 @@ from source_tree import PACKAGES, ROOT, imports_of, module_of, modules, sources,
 from router.cli import main
 
 LAYERS = {
-    "cli": ("router.cli", "router.__main__", "dlq", "command"),
-    "commands": ("serve", "demo", "trial", "operations", "explain", "conservation"),
+    "cli": ("router.cli", "router.__main__", "dlq", "events", "command"),
+    "commands": ("serve", "demo", "trial", "operations", "reparse", "explain", "conservation"),
     "edge": ("edge",),
     "app": ("router", "router.app"),
     "accept": ("accept",),
