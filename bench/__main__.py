@@ -13,6 +13,7 @@ from bench import bridge as bridge_benchmark
 from bench import coldstart as coldstart_benchmark
 from bench import hang as hang_benchmark
 from bench import outage as outage_benchmark
+from bench import recover as recover_benchmark
 from bench.databases import UnfairDatabase
 from bench.processes import ProcessFailed
 
@@ -121,6 +122,19 @@ def outage(rounds: int, seconds: float, rate: float, json_path: Path | None) -> 
     """
     settings = outage_benchmark.OutageSettings(rounds=rounds, seconds=seconds, rate=rate)
     _finish(lambda: outage_benchmark.run(settings, json_path))
+
+
+@main.command()
+@click.option("--completed", default=5_000_000, show_default=True, type=click.IntRange(1))
+@click.option("--undelivered", default=100_000, show_default=True, type=click.IntRange(1))
+@_JSON
+def recover(completed: int, undelivered: int, json_path: Path | None) -> None:
+    """How soon a start after SIGKILL delivers what is undelivered, and how fast.
+
+    Example: python -m bench recover --completed 5000000 --undelivered 100000
+    """
+    settings = recover_benchmark.RecoverSettings(completed=completed, undelivered=undelivered)
+    _finish(lambda: recover_benchmark.run(settings, json_path))
 
 
 @main.command()
