@@ -193,7 +193,8 @@ class SpoolDirectory:
                     record.spooled for record, _ in zip(segment.ready, range(_BODIES_AT_ONCE), strict=False)
                 ]
             async with self._writing:
-                if segment.scanned >= segment.size:  # still: nothing was written meanwhile
+                # Still the first, and nothing was written to it: an append may have been under way.
+                if self._segments and self._segments[0] is segment and segment.scanned >= segment.size:
                     await self._remove(segment)
         self._filled = trio.Event()
         return []

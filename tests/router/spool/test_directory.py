@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import trio
+import trio.testing
 from doubles import delivery, incoming
 
 from actors.errors import SpoolUnavailable
@@ -188,6 +191,39 @@ async def test_a_first_file_that_could_not_be_written_leaves_nothing(
                 await spool.put("a")
         assert spool.is_empty
         assert segments(tmp_path) == []
+
+
+async def test_a_reader_that_waits_for_a_writer_that_fails_takes_nothing_else_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    def fail(file: int) -> None:
+        began.set()
+        go_on.wait(10)
+        raise OSError(errno.EIO, "Input/output error")
+
+    async with opened(tmp_path) as spool:
+        with monkeypatch.context() as patch:
+            patch.setattr(directory.os, "fdatasync", fail)
+            async with trio.open_nursery() as nursery:
+
+                async def write() -> None:
+                    with pytest.raises(SpoolUnavailable):
+                        await spool.put("a")
+
+                nursery.start_soon(write)
+                await trio.to_thread.run_sync(began.wait)
+                read: list[list[str]] = []
+
+                async def take() -> None:
+                    read.append(await spool.take())
+
+                nursery.start_soon(take)
+                await trio.testing.wait_all_tasks_blocked()
+                go_on.set()
+        assert read == [[]]
+        assert spool.is_empty
 
 
 async def test_it_has_a_bound(tmp_path: Path) -> None:
