@@ -90,9 +90,12 @@ class Ingress(Actor[Delivery]):
         yield flush
 
     async def _flush(self, flush: list[Delivery], unsettled: deque[Delivery]) -> None:
-        if self._spool is not None and not (self._spool.is_empty and all(one.items for one in flush)):
-            await self._to_spool(self._spool, flush, unsettled)
-            return
+        if self._spool is not None:
+            split = all(one.items for one in flush)
+            if not (self._spool.is_empty and split) and await self._to_spool(
+                self._spool, flush, unsettled, only_behind=split
+            ):
+                return
         try:
             stored = await self.append(flush)
         except JournalUnavailable as error:
@@ -111,14 +114,19 @@ class Ingress(Actor[Delivery]):
         _settle(unsettled, len(flush), True)
         self.hand_on(stored)
 
-    async def _to_spool(self, spool: Spool, flush: list[Delivery], unsettled: deque[Delivery]) -> None:
+    async def _to_spool(
+        self, spool: Spool, flush: list[Delivery], unsettled: deque[Delivery], *, only_behind: bool = False
+    ) -> bool:
+        """False: the spool was emptied meanwhile, and the journal takes it."""
         try:
-            await spool.append(flush)
+            if not await spool.append(flush, only_behind=only_behind):
+                return False
         except SpoolUnavailable as error:
             self._refuse(error, flush, unsettled)
-            return
+            return True
         self.statistics.spooled += len(flush)
         _settle(unsettled, len(flush), True)
+        return True
 
     def _refuse(self, error: Exception, flush: list[Delivery], unsettled: deque[Delivery]) -> None:
         self._on_refused(error)
@@ -144,9 +152,10 @@ class Ingress(Actor[Delivery]):
 
     def hand_on(self, stored: Stored) -> None:
         """To the sessions of this process, if it delivers."""
-        if stored.appended is None:
-            self._look()  # committed, but only the journal knows as what
-        elif stored.deliveries:
+        if stored.appended is None or not stored.deliveries:
+            # Committed, but only the journal knows as what; or before, by a flush whose commit was in doubt.
+            self._look()
+        else:
             self.statistics.items += len(stored.appended.session_keys)
             if self._is_fed():
                 self._hand_on(stored.deliveries, stored.appended)

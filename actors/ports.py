@@ -106,12 +106,19 @@ class Spool(Protocol):
     def is_empty(self) -> bool:
         """Nothing waits, and nothing is on its way here."""
 
-    async def append(self, deliveries: Sequence[Delivery]) -> None:
-        """Returns when these are durable.
+    async def append(self, deliveries: Sequence[Delivery], *, only_behind: bool = False) -> bool:
+        """Returns when these are durable. `only_behind`: they are taken only if something still waits that
+        they have to come after; False: nothing does any more, and they were not.
 
         Raises:
             SpoolUnavailable: none of them counts.
         """
+
+    async def hold(self) -> None:
+        """Let nobody append until `release`: the last few are brought before more come."""
+
+    def release(self) -> None:
+        """Harmless without a `hold`."""
 
     async def filled(self) -> None:
         """Return when something waits."""

@@ -92,7 +92,7 @@ class Retrier:
         for completion in completions:
             letter = completion.dead_letter
             if letter is not None and letter.status == "pending" and letter.retry_in is not None:
-                self.due_in(self._waits(completion.service or "", letter.retry_in))
+                self.due_in(max(self._waits(completion.service or "", letter.retry_in), _AT_MOST_EVERY))
             if completion.item.dead_letter is not None:
                 self._settled(completion)
 
@@ -219,7 +219,7 @@ class Retrier:
         """What found no room in all that time, or finds none now, is for the next run."""
         for item in line.waiting:
             self._stranded = True
-            del self._line_of[item.dead_letter or ""]
+            self._line_of.pop(item.dead_letter or "", None)
         line.out -= len(line.waiting)
         line.waiting.clear()
 

@@ -12,7 +12,7 @@ from itertools import count
 
 import trio
 
-from .breaker import Breaker, BreakerState
+from .breaker import Breaker
 from .completer import Completer
 from .deferrals import Deferrals
 from .dispatcher import Dispatcher
@@ -260,8 +260,9 @@ class DeliveryTree:
     def _breaker_changed(self, name: str) -> None:
         breaker = self.services[name].breaker
         self._spec.on_breaker(name, breaker)
-        if self._retrier is not None and breaker.state is BreakerState.CLOSED:
-            self._retrier.due_in(0.0)
+        wait = breaker.probe_in()
+        if self._retrier is not None and wait is not None:
+            self._retrier.due_in(wait)
 
     def _marks(self) -> tuple[int, list[int]]:
         return self.dispatcher.marks() if self.dispatcher is not None else (0, [])

@@ -11,6 +11,7 @@ from .ingress import Ingress
 from .messages import Delivery, Spooled
 from .ports import Spool
 
+_FEW = 100  # bodies that may be brought while whatever is accepted waits for them
 _LONGEST_WAIT = 1.0  # seconds between two looks whether the journal is back
 
 
@@ -66,8 +67,20 @@ class Unspooler:
                     wait, in_trouble = self._retry_after, False
 
     async def _empty(self) -> None:
+        try:
+            await self._bring()
+        finally:
+            self._spool.release()
+
+    async def _bring(self) -> None:
         at_once: int | None = None  # fewer after one that was refused
+        flows = held = False
         while bodies := await self._spool.read():
+            if flows and not held and len(bodies) <= _FEW:
+                # Else, under load, some more would have come each time, and it would never end.
+                await self._spool.hold()
+                held = True
+                continue
             deliveries = []
             for body in bodies[:at_once]:
                 delivery = self._split(body)
@@ -87,4 +100,5 @@ class Unspooler:
                 continue
             self._spool.done(len(flush))
             self._brought += len(flush)
+            flows = True
             self._ingress.hand_on(stored)

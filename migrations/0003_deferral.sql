@@ -228,7 +228,8 @@ BEGIN
     PERFORM postroom_require_epoch(p_epoch);
     WITH given_up AS (
         UPDATE webhook_dlq
-           SET status = 'failed', resolution = 'exhausted', next_retry_at = NULL, updated_at = p_now
+           SET status = 'failed', resolution = 'exhausted', next_retry_at = NULL, keeps_order = false,
+               updated_at = p_now
          WHERE id IN (SELECT id FROM webhook_dlq
                        WHERE status = 'pending' AND coalesce(resolution, 'deferred') = 'deferred'
                          AND retry_requested_at IS NULL AND created_at < p_created_before
@@ -253,13 +254,15 @@ BEGIN
                                THEN p_now ELSE c.next_retry_at END)
       FROM webhook_dlq c
      WHERE c.status = 'pending'
-       AND (c.retry_requested_at IS NOT NULL
-            OR (c.service = ANY (p_services)
-                AND NOT EXISTS (SELECT FROM webhook_dlq o
-                                 WHERE o.session_key = c.session_key AND o.service = c.service
-                                   AND o.status IN ('pending', 'processing') AND o.seq < c.seq
-                                   AND (o.keeps_order OR c.resolution IS DISTINCT FROM 'deferred'))))
-     GROUP BY c.service;
+       AND (c.retry_requested_at IS NOT NULL OR c.service = ANY (p_services))
+       AND NOT EXISTS (SELECT FROM webhook_dlq o
+                        WHERE o.session_key = c.session_key AND o.service = c.service
+                          AND o.status IN ('pending', 'processing') AND o.seq < c.seq
+                          AND (o.keeps_order
+                               OR (c.retry_requested_at IS NULL AND c.resolution IS DISTINCT FROM 'deferred')))
+     GROUP BY c.service
+    HAVING min(CASE WHEN c.retry_requested_at IS NOT NULL OR c.resolution IN ('no_service', 'deferred')
+                    THEN p_now ELSE c.next_retry_at END) IS NOT NULL;
 END $$;
 
 DROP FUNCTION postroom_complete_replay(

@@ -3,6 +3,18 @@
 
 CREATE INDEX whatsapp_messages_items_malformed ON whatsapp_messages_items (event_id) WHERE bucket = 'malformed';
 
+-- The ledger forgets malformed items that are to be journaled again: those with an id stand in it.
+CREATE FUNCTION postroom_forget_malformed(p_event bigint, p_paths text[]) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM pg_advisory_xact_lock(7305, 1);
+    DELETE FROM dedup_ledger_0 l USING whatsapp_messages_items i
+     WHERE i.event_id = p_event AND i.bucket = 'malformed' AND i.path = ANY (p_paths)
+       AND l.key = i.key AND l.seq = i.seq;
+    DELETE FROM dedup_ledger_1 l USING whatsapp_messages_items i
+     WHERE i.event_id = p_event AND i.bucket = 'malformed' AND i.path = ANY (p_paths)
+       AND l.key = i.key AND l.seq = i.seq;
+END $$;
+
 -- These items were split again: says so in their rows and in the tallies. Returns how many were malformed still.
 CREATE FUNCTION postroom_mark_reparsed(p_now timestamptz, p_actor text, p_event bigint, p_paths text[])
 RETURNS integer LANGUAGE plpgsql AS $$

@@ -171,6 +171,7 @@ class Router:
         )
         self._reached = trio.Event()  # the database, with the schema that it has to have
         self._waiting = trio.CancelScope()
+        self._draining = False
 
     def _service_specs(self) -> list[ServiceSpec]:
         specs = []
@@ -334,12 +335,14 @@ class Router:
             nursery.cancel_scope.cancel()
 
     async def _run_owner(self) -> None:
-        with self._waiting:
-            await self._reached.wait()
-        if not self._waiting.cancel_called:
+        with trio.CancelScope() as self._waiting:  # a scope is entered once, and the owner may be restarted
+            if not self._draining:
+                await self._reached.wait()
+        if self._reached.is_set():
             await self._owner.run()
 
     def _drain_owner(self) -> None:
+        self._draining = True
         self._waiting.cancel()
         self._owner.drain()
 
@@ -355,10 +358,10 @@ class Router:
         await self._supervisor.drain()
 
     async def close(self) -> None:
+        if self.spool is not None:
+            self.spool.close()  # first: a database that does not answer must not keep it locked
         await self._lease.close()
         await self.journal.close()
-        if self.spool is not None:
-            self.spool.close()
 
     async def _keep_house(self) -> None:
         """Partitions are made ahead and the ledger rotates; the menu follows its table."""
@@ -481,7 +484,7 @@ async def migrate_database(bridge: Bridge, dsn: str, *, apply: bool) -> list[str
 
     async def work() -> list[str]:
         try:
-            connection = await connect(dsn, name="migrate")
+            connection = await connect(dsn, name="migrate", statement_timeout=None)
         except TRANSIENT as error:
             raise JournalUnavailable(f"cannot connect to the database: {describe(error)}") from error
         try:
@@ -496,8 +499,10 @@ async def migrate_database(bridge: Bridge, dsn: str, *, apply: bool) -> list[str
                     "run `postroom migrate`, or serve with --migrate"
                 )
             return []
+        except TRANSIENT as error:
+            raise JournalUnavailable(f"the schema could not be looked at: {describe(error)}") from error
         finally:
-            await connection.close()
+            connection.terminate()
 
     return await bridge.run(work)
 

@@ -13,6 +13,8 @@ import asyncpg
 import trio
 
 from actors.errors import JournalUnavailable
+from actors.ingress import Ingress
+from actors.messages import Delivery
 from router.app import migrate_database, open_database, operators_ingress, utc_now
 from router.channels.whatsapp import Splitter
 from router.config import Config
@@ -174,8 +176,7 @@ class Operations:
                     delivery, paths = readable_again(splitter, event)
                     done += Reparsed(1, len(event.paths), len(paths))
                     if delivery is not None and not dry_run:
-                        await ingress.append([delivery])
-                        await self._mark_reparsed(event.event_id, paths, actor)
+                        await self._journal_again(event.event_id, paths, ingress, delivery, actor)
                 after = page[-1].event_id
         return done
 
@@ -202,10 +203,13 @@ class Operations:
 
         return await self._run(work)
 
-    async def _mark_reparsed(self, event_id: int, paths: Sequence[str], actor: str) -> None:
-        await self._run(
-            lambda c: c.fetchval(_EVENTS["mark_reparsed"], utc_now(), actor, event_id, list(paths))
-        )
+    async def _journal_again(
+        self, event_id: int, paths: list[str], ingress: Ingress, delivery: Delivery, actor: str
+    ) -> None:
+        """Three transactions, each of which may be the last: the whole can be done again."""
+        await self._run(lambda c: c.execute(_EVENTS["forget_malformed"], event_id, paths))
+        await ingress.append([delivery])
+        await self._run(lambda c: c.execute(_EVENTS["mark_reparsed"], utc_now(), actor, event_id, paths))
 
     # Messages
 

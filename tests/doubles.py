@@ -404,6 +404,7 @@ class MemoryJournal:
         ]
         for letter in old:
             letter.status, letter.resolution, letter.due = "failed", "exhausted", None
+            letter.keeps_order = False
         return len(old)
 
     async def log_retry_run(
@@ -415,8 +416,10 @@ class MemoryJournal:
         now = self._clock()
         due: dict[str, float] = {}
         for letter in self.letters.values():
-            if letter.status == "pending" and (
-                letter.retry_requested or (letter.service in services and not self._waits_for_older(letter))
+            if (
+                letter.status == "pending"
+                and (letter.retry_requested or letter.service in services)
+                and not self._waits_for_older(letter)
             ):
                 waits_for_its_turn = letter.retry_requested or letter.resolution in ("no_service", "deferred")
                 at = now if waits_for_its_turn else letter.due
@@ -430,7 +433,7 @@ class MemoryJournal:
             one.open
             and (one.session_key, one.service) == (letter.session_key, letter.service)
             and one.seq < letter.seq
-            and (one.keeps_order or letter.resolution != "deferred")
+            and (one.keeps_order or not (letter.retry_requested or letter.resolution == "deferred"))
             for one in self.letters.values()
         )
 

@@ -15,12 +15,14 @@ CONNECT_TIMEOUT = 5.0  # seconds; the database probe is bounded by the same (M26
 STATEMENT_TIMEOUT = 30.0
 
 
-async def connect(dsn: str, *, name: str) -> asyncpg.Connection:
+async def connect(
+    dsn: str, *, name: str, statement_timeout: float | None = STATEMENT_TIMEOUT
+) -> asyncpg.Connection:
     """One connection, durable on its own account whatever the server's default is."""
     return await asyncpg.connect(
         dsn,
         timeout=CONNECT_TIMEOUT,
-        command_timeout=STATEMENT_TIMEOUT,
+        command_timeout=statement_timeout,
         server_settings={
             "application_name": f"postroom/{name}",
             "synchronous_commit": "on",

@@ -12,6 +12,7 @@ from actors.errors import JournalRefused, JournalUnavailable, LeaseLost
 
 FLUSH_GIVEN_UP = "PR001"  # raised by postroom_append
 EPOCH_OVER = "PR002"  # raised by postroom_require_epoch
+_CHECK_VIOLATION = "23514"
 _OF_THE_DATA = ("22", "23", "54")  # SQLSTATE classes: data exception, constraint, program limit
 
 # Connection gone, timed out, refused, shut down, out of room, read-only after a failover, not made yet.
@@ -47,7 +48,9 @@ def translated(what: str) -> Iterator[None]:
     except asyncpg.PostgresError as error:
         if error.sqlstate == EPOCH_OVER:
             raise LeaseLost(str(error)) from None
-        refused = (error.sqlstate or "").startswith(_OF_THE_DATA)
+        # Without a constraint it is a partition that is missing, which is nobody's data.
+        homeless = error.sqlstate == _CHECK_VIOLATION and not getattr(error, "constraint_name", None)
+        refused = (error.sqlstate or "").startswith(_OF_THE_DATA) and not homeless
         kind = JournalRefused if refused else JournalUnavailable
         raise kind(f"{what}: {describe(error)}") from error
     except TRANSIENT as error:

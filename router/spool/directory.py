@@ -10,8 +10,8 @@ import re
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,7 @@ class _Segment:
     offset: int = 0
     last: int = 0  # the number of the last record found
     ready: deque[Record] = field(default_factory=deque)
+    unreadable: bool = False
 
 
 class SpoolDirectory:
@@ -70,6 +71,7 @@ class SpoolDirectory:
         self._file: int | None = None  # of the last segment, while it is written
         self._number = 0
         self._writing = trio.Lock()
+        self._held = False
         self._appending = 0
         self._filled = trio.Event()
         self._trouble = False
@@ -88,12 +90,16 @@ class SpoolDirectory:
         for directory in (self._root.parent, self._root):  # mode is that of the last one made only
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         adopted: list[_Segment] = []
-        for left in sorted(path for path in self._root.iterdir() if _DIRECTORY.fullmatch(path.name)):
-            if self._lock(left):
-                adopted += _segments_of(left)
-        self._own.mkdir(mode=0o700)
-        self._lock(self._own)
-        _sync_directory(self._root)
+        # One process at a time looks for directories, or makes or removes its own.
+        with _only_one(self._root):
+            for left in sorted(path for path in self._root.iterdir() if _DIRECTORY.fullmatch(path.name)):
+                if self._lock(left):
+                    adopted += _segments_of(left)
+            self._own.mkdir(mode=0o700)
+            if not self._lock(self._own):
+                raise OSError(f"{self._own} is locked by somebody else")
+        for directory in (self._root, self._root.parent):
+            _sync_directory(directory)
         return adopted
 
     def _lock(self, directory: Path) -> bool:
@@ -109,8 +115,11 @@ class SpoolDirectory:
     def close(self) -> None:
         """Give the directories up: what is in them is adopted by the next process that starts."""
         self._stop_writing()
-        for directory, lock in self._locks.items():
-            _remove_if_empty(directory)
+        if self._locks:
+            with suppress(OSError), _only_one(self._root):
+                for directory in self._locks:
+                    _remove_if_empty(directory)
+        for lock in self._locks.values():
             os.close(lock)
         self._locks.clear()
 
@@ -125,13 +134,16 @@ class SpoolDirectory:
 
     # Writing
 
-    async def append(self, deliveries: Sequence[Delivery]) -> None:
+    async def append(self, deliveries: Sequence[Delivery], *, only_behind: bool = False) -> bool:
         self._appending += 1
         try:
             async with self._writing:
+                if only_behind and not self._segments:
+                    return False
                 await self._append(deliveries)
             self._trouble = False
             self._filled.set()
+            return True
         except SpoolUnavailable:
             self._trouble = True
             raise
@@ -183,6 +195,15 @@ class SpoolDirectory:
     async def filled(self) -> None:
         await self._filled.wait()
 
+    async def hold(self) -> None:
+        await self._writing.acquire()
+        self._held = True
+
+    def release(self) -> None:
+        if self._held:
+            self._held = False
+            self._writing.release()
+
     async def read(self) -> list[Spooled]:
         while self._segments:
             segment = self._segments[0]
@@ -192,6 +213,9 @@ class SpoolDirectory:
                 return [
                     record.spooled for record, _ in zip(segment.ready, range(_BODIES_AT_ONCE), strict=False)
                 ]
+            if self._held:
+                await self._remove(segment)
+                continue
             async with self._writing:
                 # Still the first, and nothing was written to it: an append may have been under way.
                 if self._segments and self._segments[0] is segment and segment.scanned >= segment.size:
@@ -201,9 +225,17 @@ class SpoolDirectory:
 
     def _scan(self, segment: _Segment) -> None:
         start, size = segment.scanned, segment.size
-        with segment.path.open("rb") as file:
-            file.seek(start)
-            data = file.read(size - start)
+        try:
+            with segment.path.open("rb") as file:
+                file.seek(start)
+                data = file.read(size - start)
+        except OSError as error:
+            # Those behind it must not wait for a disk that cannot read: a person has to look at this one.
+            self._report(
+                "a spool file cannot be read and is left", {"file": str(segment.path), "error": str(error)}
+            )
+            segment.scanned, segment.unreadable = size, True
+            return
         for found in scan(data, segment.key, segment.last):
             if isinstance(found, Damage):
                 self._set_aside(segment, data, found)
@@ -247,13 +279,9 @@ class SpoolDirectory:
         if segment is self._segments[-1]:
             self._stop_writing()
         self._segments.popleft()
-
-        def remove() -> None:
-            segment.path.unlink(missing_ok=True)
-            if segment.path.parent != self._own:
-                _remove_if_empty(segment.path.parent)
-
-        await _in_thread(remove)
+        if segment.unreadable:
+            return
+        await _in_thread(partial(segment.path.unlink, missing_ok=True))
 
     # Health
 
@@ -318,6 +346,16 @@ def _sync_directory(directory: Path) -> None:
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _only_one(root: Path) -> Iterator[None]:
+    handle = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
     finally:
         os.close(handle)
 

@@ -66,14 +66,32 @@ async def test_what_was_malformed_is_delivered_after_a_fix(home: Path) -> None:
             await services.until_seen(3)
             assert [sight.message_id for sight in services.sights[1:]] == [one.message_id for one in theirs]
             assert json.loads(await events("reparse", "--all", "--json"))["reparsed"] == 0
+
+            # One with an id, which the ledger knows: a sender that nobody could read, until it can be.
+            nameless = kit.new_message("taxi", sender="999005000002")
+            nameless.json["from_"] = nameless.json.pop("from")
+            value = {"metadata": {"phone_number_id": kit.NUMBERS[0]}, "messages": [nameless.json]}
+            change = {"field": "messages", "value": value}
+            whole = {"object": "whatsapp_business_account", "entry": [{"id": "1", "changes": [change]}]}
+            assert await kit.post(router.webhook, json.dumps(whole).encode()) == 200
+            assert json.loads(await events("list", "--json", "--reason", "no_sender"))[0]["malformed"] == 1
+            await database.fetch(
+                "UPDATE wa_events SET body = "
+                "convert_to(replace(convert_from(body, 'UTF8'), 'from_', 'from'), 'UTF8')"
+            )
+            assert json.loads(await events("reparse", "--all", "--json"))["reparsed"] == 1
+            await services.until_seen(4)
+            assert services.sights[3].message_id == nameless.message_id
             assert [one["malformed"] for one in json.loads(await events("list", "--json"))] == [1]
-            assert len(json.loads(await events("list", "--all", "--json"))) == 3
+            assert len(json.loads(await events("list", "--all", "--json"))) == 5
             await database.until(lambda count: count == 0)
             conservation = await database.recount()
             assert conservation.ok, conservation.problems
             assert conservation.places["malformed"] == 1
-            assert conservation.places["delivered"] == 3
-            [audited] = await database.fetch("SELECT action, object_id, detail::text FROM audit_log")
+            assert conservation.places["delivered"] == 4
+            audited, _ = await database.fetch(
+                "SELECT action, object_id, detail::text FROM audit_log ORDER BY id"
+            )
             assert tuple(audited) == ("events.reparse", identity, '{"items": 2}')
             assert await router.stop() == 0
         finally:

@@ -23,5 +23,8 @@ SELECT event_id, array_agg(path) AS paths FROM whatsapp_messages_items
    AND ($3::text IS NULL OR reason = $3)
  GROUP BY event_id ORDER BY event_id LIMIT $4;
 
+-- name: forget_malformed
+SELECT postroom_forget_malformed($1, $2);
+
 -- name: mark_reparsed
 SELECT postroom_mark_reparsed($1, $2, $3, $4);

@@ -130,6 +130,27 @@ async def test_what_comes_while_it_is_brought_comes_after_it(tmp_path: Path) -> 
         assert home.journal.texts == [str(number) for number in range(121)]
 
 
+async def test_under_load_it_becomes_empty_all_the_same(tmp_path: Path) -> None:
+    """While one page is brought more comes, each time."""
+    async with house(tmp_path) as home:
+        home.journal.away = True
+        await home.say("first")
+        said = 0
+
+        async def slowly(method: str) -> None:
+            await trio.sleep(0.02)
+
+        home.journal.before = slowly
+        home.journal.away = False
+        with trio.fail_after(20):
+            while home.ingress.statistics.spooled == said + 1:
+                said += 1
+                assert await home.say(str(said)) == [True]
+        assert said > 1
+        await home.settled()
+        assert home.journal.texts == ["first", *(str(number) for number in range(1, said + 1))]
+
+
 async def test_what_the_journal_has_already_is_a_duplicate(tmp_path: Path) -> None:
     async with house(tmp_path) as home:
         await home.say("a")
