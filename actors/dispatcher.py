@@ -34,6 +34,7 @@ class _Conversation:
     uncommitted: deque[Item] = field(default_factory=deque)  # finished by the child, not yet committed
     committed_early: bool = False  # the oldest held one, before the child could say that it is finished
     waits_for: str | None = None  # the service it stands in line for
+    window: int | None = None  # items read for it at once, after it had to give some back; None: all it holds
     queued: bool = False  # in the ready line or being paged in
 
 
@@ -149,6 +150,8 @@ class Dispatcher:
         self._family.take_back(key)
         self._give_back(conversation)
         called = self._called.pop(key, None)
+        # It will be called for one delivery, and what is read beyond that for it is likely to be given back.
+        conversation.window = 1
         if conversation.backlog:
             conversation.waits_for = service
             self._line.setdefault(service, deque()).append(key)
@@ -174,6 +177,8 @@ class Dispatcher:
     def finished(self, key: str, item: Item) -> None:
         conversation = self._conversations[key]
         conversation.held.popleft()
+        if conversation.window is not None:
+            conversation.window = conversation.window * 2 if conversation.window < self._hold else None
         if conversation.committed_early:
             conversation.committed_early = False
             self._release_waiters()
@@ -358,6 +363,8 @@ class Dispatcher:
                 conversation.queued = False
                 self._forget_if_done(key, conversation)
                 continue
+            if conversation.window is not None:
+                room = min(room, conversation.window)
             for _, seq in zip(range(room), conversation.backlog, strict=False):
                 wanted[seq] = key
         return wanted

@@ -481,6 +481,15 @@ class TestDeadLetters:
         await complete(journal, epoch, done(replay, place=Place(place), dead_letter=letter))
         assert await self.tallies(database) == {place: 1}
 
+    async def test_a_letter_that_somebody_made_pending_by_hand_is_never_due(
+        self, journal: PostgresJournal, database: Database
+    ) -> None:
+        epoch = await database.take_epoch()
+        await self.letter(journal, epoch, letter=REJECTED)
+        await database.fetch("UPDATE webhook_dlq SET status = 'pending', resolution = NULL")
+        assert await self.next_due(journal, epoch) is None
+        assert await self.claim(journal, epoch) == []
+
     async def test_what_was_deferred_can_expire_or_be_discarded(
         self, journal: PostgresJournal, database: Database
     ) -> None:
