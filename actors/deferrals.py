@@ -28,9 +28,6 @@ class Deferrals:
         self._decisions = 0
         self._decided: dict[Pair, int] = {}  # the last decision about a pair since the last refresh began
 
-    def __len__(self) -> int:
-        return len(self._held)
-
     def holds(self, key: str, service: str) -> bool:
         """A message of that session for this service has to wait for an earlier one."""
         return (key, service) in self._held

@@ -62,7 +62,8 @@ class Unspooler:
                     await trio.sleep(wait)
                     wait = min(wait * 2, _LONGEST_WAIT)
                 else:
-                    self._on_emptied(self._brought)
+                    if self._brought:
+                        self._on_emptied(self._brought)
                     self._brought = 0
                     wait, in_trouble = self._retry_after, False
 

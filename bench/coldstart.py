@@ -17,14 +17,13 @@ from bench.load import ProtocolError, answer_status
 from bench.payloads import Population, request_bytes
 from bench.processes import ProcessFailed, Server, free_port, processes_of
 from bench.report import envelope, number, print_table, print_verdicts, verdict_rows, write_result
-from bench.targets import READY, READY_SECONDS, ROUTER, SECRET, serve_argv
+from bench.targets import ENV, READY, READY_SECONDS, ROUTER, SECRET, serve_argv
 from bench.verdicts import Verdict, missed
 
 DEFAULT_SLO_MS = 1_750.0
 PREPARED_MESSAGES = 500
 _POLL_SECONDS = 0.002
 _GONE_SECONDS = 15
-_ENV = {"WHATSAPP_APP_SECRET": SECRET, "WHATSAPP_VERIFY_TOKEN": "bench-verify-token"}
 
 
 def slo_ms() -> float:
@@ -57,7 +56,7 @@ def requests_for(port: int) -> Iterator[bytes]:
 
 def start_server(home: Path, port: int) -> Server:
     argv = [argument.format(data=home / "data", files=home) for argument in serve_argv(port)]
-    return Server([sys.executable, "-m", ROUTER.module, *argv], _ENV, home / "server.log")
+    return Server([sys.executable, "-m", ROUTER.module, *argv], ENV, home / "server.log")
 
 
 def wait_all_gone(home: Path) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,15 +19,14 @@ import trio
 
 from bench.databases import fetch_count, find_postmaster
 from bench.load import LoadResult, LoadSpec
-from bench.processes import ProcessFailed, Server, free_port
+from bench.processes import ProcessFailed, free_port
 from bench.report import envelope, number, print_table, print_verdicts, verdict_rows, write_result
-from bench.rounds import SETTLE_SECONDS, GeneratorProcess
-from bench.targets import IN_PROCESS, READY, READY_SECONDS, SECRET, serve_argv
+from bench.rounds import SETTLE_SECONDS, run_generator
+from bench.targets import IN_PROCESS, SECRET, start_router
 from bench.verdicts import Verdict, missed
 from router.conservation import recount
 from router.postgres.embedded import EmbeddedPostgres
 
-_ENV = {"WHATSAPP_APP_SECRET": SECRET, "WHATSAPP_VERIFY_TOKEN": "bench-verify-token"}
 _WARM_UP_SECONDS = 2.0
 _ENDED = """
 SELECT count(*) FROM whatsapp_messages WHERE direction = 'inbound' AND place IN ('delivered', 'handled')
@@ -78,27 +76,8 @@ async def offer(port: int, settings: OutageSettings, seconds: float) -> LoadResu
         seconds=seconds,
         requests=int(settings.rate * seconds),
         rate=settings.rate,
-        wait_for_go=True,
     )
-    generator = GeneratorProcess(spec)
-    try:
-        await trio.to_thread.run_sync(generator.wait_built)
-        return await trio.to_thread.run_sync(generator.run)
-    except BaseException:
-        generator.kill()
-        raise
-
-
-def start_router(home: Path, port: int, dsn: str) -> Server:
-    arguments = [argument.format(data=home / "data", files=home) for argument in serve_argv(port)]
-    argv = [sys.executable, "-m", "router", *arguments, "--dev", "--migrate"]
-    server = Server(argv, {**_ENV, "DATABASE_URL": dsn}, home / "server.log")
-    try:
-        server.wait_ready(READY, READY_SECONDS)
-    except ProcessFailed:
-        server.stop()
-        raise
-    return server
+    return await run_generator(spec)
 
 
 async def caught_up(home: Path, dsn: str) -> float:
@@ -131,11 +110,10 @@ async def disagreements(dsn: str, loads: list[LoadResult]) -> list[str]:
 
 async def outage_round(settings: OutageSettings, home: Path) -> OutageRound:
     """One start, one outage, one recovery, on a fresh cluster."""
-    (home / "postroom.toml").write_text("", encoding="utf-8")
     postgres = EmbeddedPostgres(home / "postgres")
     dsn = (await postgres.start()).dsn
     port = free_port()
-    server = start_router(home, port, dsn)
+    server = start_router(home, port, "--dev", "--migrate", env={"DATABASE_URL": dsn})
     try:
         loads = [await offer(port, settings, _WARM_UP_SECONDS)]
         loads.append(await offer(port, settings, settings.seconds / 4))

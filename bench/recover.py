@@ -6,7 +6,6 @@ import asyncio
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -22,13 +21,12 @@ from bench.databases import fetch_count
 from bench.load import LoadResult, LoadSpec
 from bench.processes import ProcessFailed, Server, free_port
 from bench.report import envelope, number, print_table, print_verdicts, verdict_rows, write_result
-from bench.rounds import GeneratorProcess
-from bench.targets import IN_PROCESS, READY, READY_SECONDS, SECRET, serve_argv
+from bench.rounds import run_generator
+from bench.targets import IN_PROCESS, SECRET, start_router
 from bench.verdicts import Verdict, missed
 from router.conservation import recount
 from router.postgres.embedded import EmbeddedPostgres
 
-_ENV = {"WHATSAPP_APP_SECRET": SECRET, "WHATSAPP_VERIFY_TOKEN": "bench-verify-token"}
 _SETTLE_SECONDS = 600.0
 _AT_ONCE = 100_000  # rows of one statement
 
@@ -98,28 +96,14 @@ class Rates:
     problems: list[str]
 
 
-def start_router(home: Path, port: int, *, delivers: bool) -> Server:
-    """With a service for every domain, which answers at once; returns when it is ready."""
+def echo_router(home: Path, port: int, *, delivers: bool) -> Server:
+    """With a service for every domain, which answers at once."""
     enabled = "true" if delivers else "false"
-    (home / "postroom.toml").write_text(f"[delivery]\nenabled = {enabled}\n", encoding="utf-8")
-    arguments = [argument.format(data=home / "data", files=home) for argument in serve_argv(port)]
-    server = Server([sys.executable, "-m", "router", *arguments, "--dev"], _ENV, home / "server.log")
-    try:
-        server.wait_ready(READY, READY_SECONDS)
-    except ProcessFailed:
-        server.stop()
-        raise
-    return server
+    return start_router(home, port, "--dev", config=f"[delivery]\nenabled = {enabled}\n")
 
 
 async def offer(spec: LoadSpec) -> LoadResult:
-    generator = GeneratorProcess(replace(spec, wait_for_go=True))
-    try:
-        await trio.to_thread.run_sync(generator.wait_built)
-        result = await trio.to_thread.run_sync(generator.run)
-    except BaseException:
-        generator.kill()
-        raise
+    result = await run_generator(spec)
     if result.failed or result.unanswered:
         raise ProcessFailed(f"{result.failed} answers were not 200, {result.unanswered} never came")
     return result
@@ -170,7 +154,7 @@ def kill(server: Server) -> None:
 async def find(settings: RecoverSettings, home: Path, progress: Callable[[str], None]) -> Found:
     """The old messages are journaled, then the completed ones are put beside them."""
     port = free_port()
-    server = start_router(home, port, delivers=False)
+    server = echo_router(home, port, delivers=False)
     dsn = EmbeddedPostgres(home / "data").dsn()
     try:
         load = LoadSpec(
@@ -191,7 +175,7 @@ async def find(settings: RecoverSettings, home: Path, progress: Callable[[str], 
         progress(f"{settings.completed:,} completed messages beside {settings.old} undelivered ones")
     finally:
         kill(server)
-    server = start_router(home, port, delivers=True)
+    server = echo_router(home, port, delivers=True)
     try:
         ended = f"SELECT count(*) FROM message_outcomes WHERE seq <= {settings.old}"
         first = await until(dsn, ended, lambda count: count > 0)
@@ -208,7 +192,7 @@ async def rates(settings: RecoverSettings, home: Path, progress: Callable[[str],
     assert IN_PROCESS.unsettled is not None
     port = free_port()
     spec = LoadSpec(port=port, secret=SECRET, connections=settings.connections)
-    server = start_router(home, port, delivers=True)
+    server = echo_router(home, port, delivers=True)
     dsn = EmbeddedPostgres(home / "data").dsn()
     try:
         warm = await offer(replace(spec, seconds=2.0, requests=20_000))
@@ -220,13 +204,13 @@ async def rates(settings: RecoverSettings, home: Path, progress: Callable[[str],
         normal = load.ok / (load.seconds + settled)
     finally:
         server.stop()
-    server = start_router(home, port, delivers=False)
+    server = echo_router(home, port, delivers=False)
     try:
         await offer(replace(spec, seconds=_SETTLE_SECONDS, requests=settings.undelivered))
         progress(f"{settings.undelivered:,} undelivered messages, normal rate {normal:,.0f}/s")
     finally:
         kill(server)
-    server = start_router(home, port, delivers=True)
+    server = echo_router(home, port, delivers=True)
     try:
         seconds = await until(dsn, IN_PROCESS.unsettled, lambda count: count == 0)
         problems = await trio.to_thread.run_sync(problems_of, dsn)

@@ -100,6 +100,17 @@ class GeneratorProcess:
         self._process.communicate()
 
 
+async def run_generator(spec: LoadSpec) -> LoadResult:
+    """One load from a process of its own, built before it begins."""
+    generator = GeneratorProcess(replace(spec, wait_for_go=True))
+    try:
+        await trio.to_thread.run_sync(generator.wait_built)
+        return await trio.to_thread.run_sync(generator.run)
+    except BaseException:
+        generator.kill()
+        raise
+
+
 async def _generate(running: Running, spec: LoadSpec) -> tuple[CpuClocks, LoadResult, CpuClocks]:
     generator = GeneratorProcess(spec)
     try:

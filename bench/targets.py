@@ -13,14 +13,14 @@ from urllib.parse import urlsplit
 import trio
 
 from bench.databases import fetch_count, find_postmaster
-from bench.processes import CpuClocks, Server, cpu_clocks
+from bench.processes import CpuClocks, ProcessFailed, Server, cpu_clocks
 from router.postgres.embedded import EmbeddedPostgres
 
 SECRET = "bench-app-secret"
 READY = re.compile(r"^ready webhook=(?P<webhook>\S+)", re.MULTILINE)
 READY_SECONDS = 60
 
-_ENV = {"WHATSAPP_APP_SECRET": SECRET, "WHATSAPP_VERIFY_TOKEN": "bench-verify-token", "PYTHONUNBUFFERED": "1"}
+ENV = {"WHATSAPP_APP_SECRET": SECRET, "WHATSAPP_VERIFY_TOKEN": "bench-verify-token", "PYTHONUNBUFFERED": "1"}
 _PEER_ROWS = "SELECT count(*) FROM peer_messages"
 _ROUTER_ROWS = "SELECT count(*) FROM whatsapp_messages WHERE direction = 'inbound'"
 # By the tallies, which are exact and cost nothing while the load runs.
@@ -97,6 +97,26 @@ DURABLE = (ROUTER, IN_PROCESS, FASTAPI, FASTAPI_TUNED, QUART)
 CEILINGS = {"fastapi": (FASTAPI_BARE, FASTAPI_HELLO), "quart": (QUART_BARE, QUART_HELLO)}
 
 
+def start_router(
+    home: Path, port: int, *arguments: str, config: str = "", env: Mapping[str, str] | None = None
+) -> Server:
+    """`python -m router serve` with its data and `config` in `home`; returns when it is ready.
+
+    Raises:
+        ProcessFailed: it ended, or printed no ready line in READY_SECONDS.
+    """
+    (home / "postroom.toml").write_text(config, encoding="utf-8")
+    given = [argument.format(data=home / "data", files=home) for argument in serve_argv(port)]
+    argv = [sys.executable, "-m", "router", *given, *arguments]
+    server = Server(argv, {**ENV, **(env or {})}, home / "server.log")
+    try:
+        server.wait_ready(READY, READY_SECONDS)
+    except ProcessFailed:
+        server.stop()
+        raise
+    return server
+
+
 @dataclass(frozen=True)
 class Running:
     """One started target."""
@@ -145,7 +165,7 @@ async def running(target: Target, home: Path) -> AsyncIterator[Running]:
         (files / name).write_text(text, encoding="utf-8")
     argv = [sys.executable, "-m", target.module]
     argv += [argument.format(data=data, files=files) for argument in target.argv]
-    env = {**_ENV, **target.env}
+    env = {**ENV, **target.env}
     async with _database_beside(target, data) as dsn:
         if dsn is not None:
             env["PEER_DSN"] = dsn

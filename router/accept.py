@@ -173,7 +173,7 @@ class Webhooks:
                 settle=exchange.settle,
             )
         elif self._spools:
-            delivery = unsplit(
+            delivery = _unsplit(
                 app.config.name, body, exchange.correlation_id, exchange.traceparent, exchange.settle
             )
         else:
@@ -197,7 +197,7 @@ class Webhooks:
             delivery.settle(False)
 
 
-def unsplit(
+def _unsplit(
     app: str, body: bytes, correlation_id: str, traceparent: str | None, settle: Callable[[bool], None]
 ) -> Delivery:
     """A body that can be spooled, and not yet be journaled."""

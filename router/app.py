@@ -113,12 +113,12 @@ class Router:
         self._lease = PostgresLease(
             bridge, dsn, on_journal=lambda: self._owner.look(), on_dead_letters=lambda: self._owner.replay()
         )
-        # One that stood still has an epoch and no longer the lease.
         limits = config.limits
         self.journal = PostgresJournal(
             bridge,
             dsn,
             clock=clock,
+            # One that stood still has an epoch and no longer the lease.
             notify=lambda: not self._lease.held(),
             patience=WITH_A_SPOOL if limits.spool_max_bytes else PATIENCE,
         )
@@ -434,7 +434,7 @@ def _report_breaker(service: str, breaker: Breaker) -> None:
 
 
 def _unless_expected(error: Exception) -> Exception | None:
-    return None if isinstance(error, JournalUnavailable | SpoolUnavailable) else error
+    return None if isinstance(error, JournalUnavailable | SpoolUnavailable | MigrationError) else error
 
 
 @asynccontextmanager

@@ -48,7 +48,7 @@ class _Segment:
     offset: int = 0
     last: int = 0  # the number of the last record found
     ready: deque[Record] = field(default_factory=deque)
-    unreadable: bool = False
+    unreadable: bool = False  # in part or whole, without a copy: the file is not removed
 
 
 class SpoolDirectory:
@@ -245,14 +245,17 @@ class SpoolDirectory:
         segment.scanned = size
 
     def _set_aside(self, segment: _Segment, data: bytes, damage: Damage) -> None:
-        """Bytes that are no record are kept for a person to look at, but for the torn end of a file: what was
-        being written when its process was killed had been answered to nobody."""
-        details: dict[str, object] = {"file": segment.path.name, "bytes": damage.end - damage.start}
-        if damage.torn:
-            self._report("the end of a spool file was torn", details)
-            return
-        kept = self._keep("damaged", f"{segment.path.stem}-{damage.start}", data[damage.start : damage.end])
-        self._report("a part of a spool file cannot be read", details | {"kept": str(kept)})
+        """Bytes that are no record are kept for a person to look at, also those at the end of a file: what
+        was being written when its process was killed had been answered to nobody, but a last record that went
+        bad looks the same."""
+        name = f"{segment.path.stem}-{damage.start}"
+        try:
+            kept = self._keep("damaged", name, data[damage.start : damage.end])
+        except OSError:
+            kept, segment.unreadable = segment.path, True  # there is no room for a copy: the whole file stays
+        event = "the end of a spool file was torn" if damage.torn else "a part of a spool file cannot be read"
+        details = {"file": segment.path.name, "bytes": damage.end - damage.start, "kept": str(kept)}
+        self._report(event, details)
 
     def _keep(self, folder: str, name: str, data: bytes) -> Path:
         place = self._root / folder

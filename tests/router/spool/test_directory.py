@@ -128,7 +128,9 @@ async def test_the_torn_end_of_a_file_is_reported_and_stops_nothing(tmp_path: Pa
     os.truncate(segment, segment.stat().st_size - 1)
     async with opened(tmp_path) as second:
         assert await second.take() == ["a"]
-        assert [event for event, _ in second.reports] == ["the end of a spool file was torn"]
+        [(event, details)] = second.reports
+    assert event == "the end of a spool file was torn"
+    assert Path(str(details["kept"])).stat().st_size == details["bytes"]
 
 
 async def test_what_cannot_be_read_is_set_aside_and_stops_nothing(tmp_path: Path) -> None:
@@ -143,6 +145,21 @@ async def test_what_cannot_be_read_is_set_aside_and_stops_nothing(tmp_path: Path
         [(event, details)] = second.reports
     assert event == "a part of a spool file cannot be read"
     assert b"b" * 39 in Path(str(details["kept"])).read_bytes()
+
+
+async def test_damage_that_there_is_no_room_to_copy_leaves_the_file_and_stops_nothing(tmp_path: Path) -> None:
+    async with opened(tmp_path) as first:
+        for name in ("a" * 40, "b" * 40, "c" * 40):
+            await first.put(name)
+    [segment] = segments(tmp_path)
+    segment.write_bytes(segment.read_bytes().replace(b"b" * 40, b"b" * 39 + b"x"))
+    (tmp_path / "damaged").write_text("in the way")
+    async with opened(tmp_path) as second:
+        assert await second.take() == ["a" * 40, "c" * 40]
+        assert second.is_empty
+        [(_, details)] = second.reports
+    assert details["kept"] == str(segment)
+    assert segment.exists()
 
 
 async def test_what_the_journal_refuses_is_kept_for_a_person(tmp_path: Path) -> None:
