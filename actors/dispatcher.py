@@ -20,7 +20,9 @@ from .ports import Journal
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_PAGE = 512  # seqs in one read of the journal
+_PAGE = (
+    64  # seqs in one read of the journal. Their sessions run at once, and what has just come waits for them
+)
 _BUFFERED = 64  # flushes of this process kept while the tail is read
 _WINDOW = 20_000  # unfinished span beyond which old seqs are set apart as stragglers
 

@@ -5,20 +5,33 @@ was lost; nothing here knows what is asked over them.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 from typing import Any
 
 import asyncpg
 
+# For connections that fetch rows by their keys. A partition that has just grown has no statistics, and a plan
+# made of guesses would read all of it.
+BY_KEY: Mapping[str, str] = {
+    "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "max_parallel_workers_per_gather": "0",
+}
 CONNECT_TIMEOUT = 5.0  # seconds; the database probe is bounded by the same (M26)
 STATEMENT_TIMEOUT = 30.0
 
 
 async def connect(
-    dsn: str, *, name: str, statement_timeout: float | None = STATEMENT_TIMEOUT
+    dsn: str,
+    *,
+    name: str,
+    statement_timeout: float | None = STATEMENT_TIMEOUT,
+    settings: Mapping[str, str] = MappingProxyType({}),
 ) -> asyncpg.Connection:
-    """One connection, durable on its own account whatever the server's default is."""
+    """One connection, durable on its own account whatever the server's default is; `settings` are added."""
     return await asyncpg.connect(
         dsn,
         timeout=CONNECT_TIMEOUT,
@@ -31,6 +44,7 @@ async def connect(
             "tcp_keepalives_idle": "5",
             "tcp_keepalives_interval": "2",
             "tcp_keepalives_count": "3",
+            **settings,
         },
     )
 
@@ -44,9 +58,11 @@ class Line:
         name: str,
         *,
         on_open: Callable[[asyncpg.Connection], Awaitable[None]] | None = None,
+        settings: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._dsn = dsn
         self._name = name
+        self._settings = settings
         self._on_open = on_open
         self._connection: asyncpg.Connection | None = None
         self._lock = asyncio.Lock()
@@ -56,7 +72,7 @@ class Line:
         """The open connection. What the block raises leaves it as it is, unless it was lost."""
         async with self._lock:
             if self._connection is None or self._connection.is_closed():
-                connection = await connect(self._dsn(), name=self._name)
+                connection = await connect(self._dsn(), name=self._name, settings=self._settings)
                 try:
                     if self._on_open is not None:
                         await self._on_open(connection)
@@ -83,10 +99,10 @@ class Line:
 
 
 class Lines:
-    """A few lines for reads; the next free one is used."""
+    """A few lines for reads by key; the next free one is used."""
 
     def __init__(self, dsn: Callable[[], str], name: str, count: int) -> None:
-        self._lines = [Line(dsn, f"{name}-{number}") for number in range(count)]
+        self._lines = [Line(dsn, f"{name}-{number}", settings=BY_KEY) for number in range(count)]
         self._free: asyncio.Queue[Line] = asyncio.Queue()
         for line in self._lines:
             self._free.put_nowait(line)

@@ -1,0 +1,64 @@
+"""What is read by key is read so in partitions that have just grown and of which nothing is known yet."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import asyncpg
+import pytest
+from postgres_kit import Database, database, database_dsn, server
+
+from router.postgres.connections import BY_KEY, connect
+from router.postgres.statements import statements
+
+__all__ = ["database", "database_dsn", "server"]
+
+pytestmark = pytest.mark.postgres
+
+_ROWS = 50_000
+_GROW = """
+WITH items AS (
+    INSERT INTO whatsapp_messages_items (seq, received_at, event_id, key, kind, path, session_key)
+    SELECT n, $1, n, decode(lpad(to_hex(n), 32, '0'), 'hex'), 'm', '0.0.m0', 'k' || n % 100
+      FROM generate_series(1, $2::bigint) n
+), events AS (
+    INSERT INTO wa_events (event_id, received_at, app, correlation_id, partial, body)
+    SELECT n, $1, 'default', 'c', false, '{}' FROM generate_series(1, $2::bigint) n
+), outcomes AS (
+    INSERT INTO message_outcomes (seq, received_at, completed_at, epoch, attempts, outcome)
+    SELECT n, $1, $1, 1, 1, 'delivered' FROM generate_series(100, $2::bigint) n
+), stragglers AS (
+    INSERT INTO journal_stragglers SELECT generate_series(1, 99)
+), head AS (
+    UPDATE journal_head SET next_seq = $2::bigint + 1
+)
+UPDATE delivery_tallies SET low_water = $2::bigint + 1
+"""
+
+
+@pytest.mark.parametrize("settings", [BY_KEY, {}], ids=["by_key", "left_to_the_planner"])
+async def test_no_partition_is_read_whole(database: Database, settings: dict[str, str]) -> None:
+    """With the planner's own choice it would be: what is asserted here can fail."""
+    async with database.journal():
+        pass  # it makes the partitions
+
+    async def plans() -> list[str]:
+        connection: asyncpg.Connection = await connect(database.dsn, name="test", settings=settings)
+        try:
+            await connection.execute("ALTER SYSTEM SET autovacuum = off")
+            await connection.execute("SELECT pg_reload_conf()")
+            await connection.execute(_GROW, datetime.now(UTC), _ROWS)
+            journal = statements("journal")
+            assert len(await connection.fetch(journal["undelivered"])) == 99
+            lines = []
+            for name, arguments in (("undelivered", ()), ("read", (list(range(1, 65)),))):
+                lines += [row[0] for row in await connection.fetch(f"EXPLAIN {journal[name]}", *arguments)]
+            return lines
+        finally:
+            await connection.execute("ALTER SYSTEM RESET autovacuum")
+            await connection.execute("SELECT pg_reload_conf()")
+            await connection.close()
+
+    lines = await database.bridge.run(plans)
+    whole = [line for line in lines if "Seq Scan" in line and ("messages_y" in line or "outcomes_y" in line)]
+    assert bool(whole) is not bool(settings)
