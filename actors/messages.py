@@ -266,6 +266,70 @@ class Completion:
     unreadable_answer: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutboundMessage:
+    """A reply on its way to the phone. `message` is a Graph API message object without its recipient;
+    `reference` is ours, the same each time it is sent; `attempts` were made before.
+    """
+
+    id: int
+    session_key: str
+    phone_number_id: str
+    recipient: str
+    message: JsonObject
+    reference: str
+    correlation_id: str
+    created_at: datetime
+    attempts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """The channel has it, under this id of its own."""
+
+    message_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Later:
+    """Not now; `after` in seconds, or None for the router's own backoff. `only_this_one`: this phone may not
+    be written to for a while, which says nothing about the channel; else the channel itself is unable.
+    """
+
+    reason: str
+    after: float | None = None
+    only_this_one: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """It will never take this message."""
+
+    reason: str
+
+
+SendOutcome = Sent | Later | Refused
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SendRecord:
+    """How an attempt at sending ended. `retry_in` seconds, where it is to be tried again."""
+
+    message: OutboundMessage
+    outcome: SendOutcome
+    retry_in: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unsent:
+    """Replies that can be sent now, those of a conversation in order, and in how many seconds the next of the
+    others can be; None: none waits for its time.
+    """
+
+    messages: list[OutboundMessage]
+    next_in: float | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Appended:
     """A committed flush: the seq of its first item and, for each item in order, the session it was

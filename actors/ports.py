@@ -15,10 +15,14 @@ from .messages import (
     Duplicates,
     Envelope,
     Item,
+    OutboundMessage,
     Outcome,
     Reply,
+    SendOutcome,
+    SendRecord,
     Session,
     Spooled,
+    Unsent,
 )
 
 Clock = Callable[[], datetime]
@@ -97,6 +101,37 @@ class Journal(Protocol):
 
     async def load_sessions(self, keys: Sequence[str]) -> Mapping[str, tuple[Session, datetime]]:
         """The stored sessions among `keys`, each with the time of its last interaction."""
+
+
+class Outbox(Protocol):
+    """Replies that were committed and are to be sent. Every method raises JournalUnavailable when it cannot
+    reach them.
+    """
+
+    async def unsent(self, *, conversations: int, of_each: int, busy: Sequence[str]) -> Unsent:
+        """The oldest `of_each` replies of so many conversations at most, none of which is `busy` (session
+        keys) or has an oldest reply that is not due yet.
+        """
+
+    async def record(self, records: Sequence[SendRecord], *, epoch: int) -> None:
+        """Put attempts on record, in one transaction; repeating is harmless.
+
+        Raises:
+            LeaseLost: the epoch is over.
+        """
+
+
+class Sender(Protocol):
+    """One attempt at sending. Bounded by the caller's cancel scope; raises nothing it can map."""
+
+    async def send(self, message: OutboundMessage) -> SendOutcome: ...
+
+
+class ResendPolicy(Protocol):
+    """When a reply that could not be sent is tried again."""
+
+    def send_again_in(self, attempts: int, asked: float | None) -> float:
+        """Seconds until the next attempt after so many; `asked`: what the channel asked to wait for."""
 
 
 class Spool(Protocol):

@@ -20,7 +20,8 @@ from .errors import JournalUnavailable, LeaseLost
 from .kernel import Address, ChildSpec, Strategy, Supervisor
 from .loader import Load, SessionLoader
 from .messages import Completion, Item, Session
-from .ports import Clock, Journal, RedeliveryPolicy, RetryPolicy, RoutePolicy
+from .outbound import OpenSender, Outbound
+from .ports import Clock, Journal, Outbox, RedeliveryPolicy, ResendPolicy, RetryPolicy, RoutePolicy
 from .retrier import Retrier
 from .service import OpenLane, Service
 from .session import SessionActor
@@ -45,11 +46,26 @@ class ServiceSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SenderSpec:
+    """Where replies go: times in seconds. `breaker_failures` attempts that fail in a row open its breaker."""
+
+    outbox: Outbox
+    open_sender: OpenSender
+    lanes: int
+    timeout: float
+    max_age: timedelta
+    policy: ResendPolicy
+    breaker_failures: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TreeSpec:
     """What a delivering side is made of. `session_mailbox` is K; `report(event, error)` gets crashes
-    and trouble with the journal, `on_breaker` a service whose breaker has changed."""
+    and trouble with the journal, `on_breaker` a service, or "sender", whose breaker has changed. Without a
+    `sender` replies stay where they are."""
 
     journal: Journal
+    sender: SenderSpec | None
     routes: RoutePolicy
     services: tuple[ServiceSpec, ...]
     retry: RetryPolicy
@@ -69,7 +85,8 @@ class TreeSpec:
 
 class DeliveryTree:
     """completer <- services <- sessions <- dispatcher. A crash of one restarts what was started after
-    it: the dispatcher then reads from the journal again what is undelivered.
+    it: the dispatcher then reads from the journal again what is undelivered. Behind them, and no concern of
+    theirs, replies are sent from the outbox.
     """
 
     def __init__(
@@ -92,6 +109,7 @@ class DeliveryTree:
         self._draining: set[str] = set()  # children that were asked to finish, also those not there yet
         self.dispatcher: Dispatcher | None = None
         self._retrier: Retrier | None = None
+        self.outbound: Outbound | None = None
         self._supervisor = Supervisor(
             "delivery",
             [
@@ -110,7 +128,11 @@ class DeliveryTree:
 
     async def run(self) -> None:
         """Until drained; raises RestartIntensityExceeded when it cannot be kept running."""
-        await self._supervisor.run()
+        async with trio.open_nursery() as nursery:
+            if self._spec.sender is not None:
+                nursery.start_soon(self._supervise_outbound, self._spec.sender)
+            await self._supervisor.run()
+            self._drain_outbound()
 
     async def drain(self) -> None:
         """Sessions finish what they hold, services what they took, the completer what both left."""
@@ -128,6 +150,52 @@ class DeliveryTree:
         """Somebody asked for dead letters to be retried."""
         if self._retrier is not None:
             self._retrier.wake()
+
+    async def _supervise_outbound(self, spec: SenderSpec) -> None:
+        supervisor = Supervisor(
+            "outbound",
+            [ChildSpec("outbound", partial(self._run_outbound, spec), self._drain_outbound)],
+            strategy=Strategy.ONE_FOR_ONE,
+            max_restarts=5,
+            period=60,
+            on_crash=self._spec.report,
+        )
+        await supervisor.run()
+
+    async def _run_outbound(self, spec: SenderSpec) -> None:
+        self.outbound = Outbound(
+            spec.outbox,
+            epoch=self._epoch,
+            open_sender=spec.open_sender,
+            lanes=spec.lanes,
+            timeout=spec.timeout,
+            max_age=spec.max_age,
+            policy=spec.policy,
+            breaker=Breaker(
+                spec.breaker_failures,
+                pause=self._spec.retry.pause,
+                clock=trio.current_time,
+                on_change=self._sender_breaker_changed,
+            ),
+            may_attempt=self._may_attempt,
+            clock=self._spec.clock,
+            on_unavailable=partial(self._spec.report, "outbox"),
+        )
+        if "outbound" in self._draining:
+            self.outbound.drain()
+        try:
+            await self.outbound.run()
+        except* LeaseLost:
+            self._on_lease_lost()
+
+    def _drain_outbound(self) -> None:
+        self._draining.add("outbound")
+        if self.outbound is not None:
+            self.outbound.drain()
+
+    def _sender_breaker_changed(self) -> None:
+        if self.outbound is not None:
+            self._spec.on_breaker("sender", self.outbound.breaker)
 
     async def _run_completer(self) -> None:
         completer = Completer(
@@ -271,6 +339,8 @@ class DeliveryTree:
         if self.dispatcher is not None:
             self.dispatcher.committed(completions, stragglers)
         self._deferrals.committed(completions)
+        if self.outbound is not None and any(completion.replies for completion in completions):
+            self.outbound.committed()
         if self._retrier is not None:
             self._retrier.committed(completions)
 

@@ -18,15 +18,16 @@ from actors.errors import JournalUnavailable, SpoolUnavailable
 from actors.ingress import Ingress, IngressStatistics
 from actors.kernel import Address, ChildSpec, Strategy, Supervisor
 from actors.messages import Delivery, Envelope, Session
+from actors.outbound import OutboundStatistics
 from actors.owner import Owner
 from actors.ports import Clock
-from actors.tree import ServiceSpec, TreeSpec
+from actors.tree import SenderSpec, ServiceSpec, TreeSpec
 from actors.unspooler import Unspooler
 from router.accept import Webhooks, is_correlation_id, is_traceparent
 from router.channels.whatsapp import OBJECT
 from router.config import Config, ServiceConfig
 from router.config_rules import checked
-from router.delivery import http, in_process
+from router.delivery import graph, http, in_process
 from router.delivery.in_process import HandlerFunction
 from router.domains import canonical_domain
 from router.home_menu import HomeMenu, MenuRow
@@ -39,6 +40,7 @@ from router.postgres.errors import TRANSIENT, describe
 from router.postgres.journal import PATIENCE, WITH_A_SPOOL, PostgresJournal
 from router.postgres.lease import PostgresLease
 from router.postgres.migrate import MigrationError, migrate, pending, shipped_migrations
+from router.postgres.outbox import PostgresOutbox
 from router.retry import REDELIVERY, Backoff
 from router.routing import Routes
 from router.spool.directory import SpoolDirectory
@@ -49,6 +51,7 @@ DRAIN_SECONDS = 20.0  # a running attempt is waited for: longer than the default
 CANCELLED_DRAIN_SECONDS = 5.0
 # Passes of the scheduler: the answers of one flush go out, and what they bring joins the next.
 _INGRESS_LINGER = 4
+_SENDER_FAILURES = 5  # attempts in a row; the sender is then left alone for a while
 _KEEP_HOUSE_EVERY = 3_600.0
 _MENU_EVERY = 30.0
 _REACH_EVERY = 0.2  # seconds between looks whether a database is there that was not at the start
@@ -75,6 +78,8 @@ class RouterStatistics:
     waiting_for: Mapping[str, int]
     breakers: Mapping[str, str]  # service -> closed, open or half-open
     spool_bytes: int | None  # that wait for the database; None: there is no spool
+    outbound: OutboundStatistics | None  # None: replies are not sent, or not by this process
+    sender_breaker: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,15 +126,19 @@ class Router:
             # One that stood still has an epoch and no longer the lease.
             notify=lambda: not self._lease.held(),
             patience=WITH_A_SPOOL if limits.spool_max_bytes else PATIENCE,
+            sends=config.sender is not None,
         )
+        self._outbox = PostgresOutbox(bridge, dsn, clock=clock)
+        retry = Backoff(random_unit)
         self._routes = Routes(config.routing, config.services)
         self._owner = Owner(
             self._lease,
             TreeSpec(
                 journal=self.journal,
+                sender=self._sender_spec(retry),
                 routes=self._routes,
                 services=tuple(self._service_specs()),
-                retry=Backoff(random_unit),
+                retry=retry,
                 clock=clock,
                 session_ttl=timedelta(hours=config.session_ttl_hours),
                 dead_letter_max_age=timedelta(hours=config.delivery.dead_letter_max_age_hours),
@@ -172,6 +181,20 @@ class Router:
         self._reached = trio.Event()  # the database, with the schema that it has to have
         self._waiting = trio.CancelScope()
         self._draining = False
+
+    def _sender_spec(self, policy: Backoff) -> SenderSpec | None:
+        sender = self.config.sender
+        if sender is None:
+            return None
+        return SenderSpec(
+            outbox=self._outbox,
+            open_sender=graph.open_sender(sender.url, sender.token, clock=self._clock),
+            lanes=sender.lanes,
+            timeout=sender.timeout_ms / 1000,
+            max_age=timedelta(hours=sender.max_age_hours),
+            policy=policy,
+            breaker_failures=_SENDER_FAILURES,
+        )
 
     def _service_specs(self) -> list[ServiceSpec]:
         specs = []
@@ -233,6 +256,7 @@ class Router:
         dispatcher = (
             tree.dispatcher.statistics() if tree is not None and tree.dispatcher is not None else None
         )
+        outbound = tree.outbound if tree is not None else None
         return RouterStatistics(
             epoch=self._epoch,
             ingress=self._ingress.statistics,
@@ -240,6 +264,8 @@ class Router:
             live_sessions=dispatcher.live_sessions if dispatcher is not None else 0,
             waiting_for=dispatcher.waiting_for if dispatcher is not None else {},
             spool_bytes=None if self.spool is None else self.spool.size,
+            outbound=outbound.statistics if outbound is not None else None,
+            sender_breaker=str(outbound.breaker.state) if outbound is not None else None,
             breakers=(
                 {}
                 if tree is None
@@ -361,6 +387,7 @@ class Router:
         if self.spool is not None:
             self.spool.close()  # first: a database that does not answer must not keep it locked
         await self._lease.close()
+        await self._outbox.close()
         await self.journal.close()
 
     async def _keep_house(self) -> None:

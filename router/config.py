@@ -155,9 +155,25 @@ class DeliveryConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SenderConfig:
+    """Where replies are sent: `url` is that of the Graph API with its version, https://graph.facebook.com/v23.0.
+
+    `lanes` conversations are sent to at once, `timeout_ms` bounds one attempt; a reply that could not be sent
+    within `max_age_hours` has failed (after 24, Meta takes templates only).
+    """
+
+    url: str
+    token: str = field(repr=False)
+    lanes: int = 8
+    timeout_ms: int = 10_000
+    max_age_hours: int = 24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """Everything that a router is told. `database_url` None means the embedded Postgres in `data_dir`.
-    Without `admin_token` whatever asks for one on the admin port is refused.
+    Without `admin_token` whatever asks for one on the admin port is refused. Without `sender` replies are
+    stored as `unsent`, and are never sent.
 
     `generated` has, by the name of its environment variable, each secret that `serve --dev` made up for
     itself.
@@ -168,6 +184,7 @@ class Config:
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     delivery: DeliveryConfig = field(default_factory=DeliveryConfig)
+    sender: SenderConfig | None = None
     host: str = "127.0.0.1"
     port: int = 8080
     admin_host: str = "127.0.0.1"
@@ -193,6 +210,7 @@ class Config:
         services: Iterable[ServiceConfig] = (),
         routing: RoutingConfig | None = None,
         limits: LimitsConfig | None = None,
+        sender: SenderConfig | None = None,
         data_dir: str | Path = ".postroom",
         database_url: str | None = None,
         host: str = "127.0.0.1",
@@ -217,6 +235,7 @@ class Config:
             services=given | {n: s for n, s in default_services().items() if n not in given},
             routing=routing if routing is not None else RoutingConfig(),
             limits=limits if limits is not None else LimitsConfig(),
+            sender=sender,
             data_dir=Path(data_dir),
             database_url=database_url,
             host=host,

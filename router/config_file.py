@@ -35,6 +35,7 @@ _SECRET_FIXES: Final = {
     "secret": "name an environment variable in secret_env, and put the secret there",
     "secret_previous": "name an environment variable in secret_previous_env, and put the secret there",
     "verify_token": "name an environment variable in verify_token_env, and put the token there",
+    "token": "name an environment variable in token_env, and put the token there",
     "app_secret": "put it into the environment variable WHATSAPP_APP_SECRET",
     "database_url": "put it into the environment variable DATABASE_URL, or give --database-url",
 }
@@ -78,12 +79,21 @@ class DeliveryTable(_Strict):
     dead_letter_max_age_hours: int = 48
 
 
+class SenderTable(_Strict):
+    url: str | None = None
+    token_env: str | None = None
+    lanes: int = 8
+    timeout_ms: int = 10_000
+    max_age_hours: int = 24
+
+
 class FileTable(_Strict):
     services: dict[str, ServiceTable] = {}
     apps: dict[str, AppTable] = {}
     routing: RoutingTable = RoutingTable()
     limits: dict[str, int] = {}
     delivery: DeliveryTable = DeliveryTable()
+    sender: SenderTable | None = None
     host: str | None = None
     port: int | None = None
     admin_host: str | None = None
@@ -100,6 +110,7 @@ _TABLES: Final[dict[str, type[BaseModel]]] = {
     "apps": AppTable,
     "routing": RoutingTable,
     "delivery": DeliveryTable,
+    "sender": SenderTable,
 }
 
 

@@ -24,16 +24,19 @@ from router.config import (
     Config,
     ConfigError,
     Problem,
+    SenderConfig,
     ServiceConfig,
 )
 from router.domains import Words, canonical_domain, fold
 
 ACTIONS: Final = ("menu", "home", "exit")
+GRAPH_API: Final = "https://graph.facebook.com/v23.0"
 POOLER_PORT: Final = "6543"  # the port of transaction poolers: Supabase's, and others after it
 
 _DOMAIN_NAME = re.compile(r"[a-z][a-z0-9_]{0,62}", re.ASCII)
 _APP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}", re.ASCII)
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
+_BEARER_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]{1,4096}=*", re.ASCII)  # RFC 6750, section 2.1
 _ADMIN_TOKEN = re.compile(r"[A-Za-z0-9._~+/=-]{16,512}", re.ASCII)  # RFC 6750, section 2.1
 _NUMBER = re.compile(r"[0-9]{1,32}", re.ASCII)
 _INT32_MAX: Final = 2**31 - 1
@@ -49,6 +52,7 @@ def find_problems(config: Config) -> tuple[Problem, ...]:
     return (
         *_apps(config),
         *_services(config),
+        *_sender(config.sender),
         *_keywords(config),
         *_routing(config),
         *_limits(config),
@@ -141,7 +145,7 @@ def _services(config: Config) -> Iterator[Problem]:
         if service.statuses:
             yield Problem(
                 f"{at}.statuses",
-                "delivery statuses are routed back once a sender exists, and there is none yet",
+                "delivery statuses are not routed back to services yet",
                 "leave it out, or set it to false",
             )
         if service.dead_letters not in DEAD_LETTER_POLICIES:
@@ -181,6 +185,24 @@ def _services(config: Config) -> Iterator[Problem]:
         )
 
 
+def _sender(sender: SenderConfig | None) -> Iterator[Problem]:
+    if sender is None:
+        return
+    if (found := _url_problem(sender.url, example=GRAPH_API)) is not None:
+        yield Problem("sender.url", *found)
+    elif "?" in sender.url:
+        yield Problem("sender.url", "has a ?query", f"write it like {GRAPH_API}")
+    if not _BEARER_TOKEN.fullmatch(sender.token):
+        yield Problem("sender.token_env", "has characters that no token has", "copy the access token again")
+    for name, value, most, usual in (
+        ("lanes", sender.lanes, 1024, 8),
+        ("timeout_ms", sender.timeout_ms, _INT32_MAX, 10_000),
+        ("max_age_hours", sender.max_age_hours, _TEN_YEARS_IN_HOURS, 24),
+    ):
+        if not 1 <= value <= most:
+            yield Problem(f"sender.{name}", f"{value} is not between 1 and {most}", f"{usual} is usual")
+
+
 def _service_times(at: str, service: ServiceConfig) -> Iterator[Problem]:
     for name, value in (("timeout_ms", service.timeout_ms), ("deadline_ms", service.deadline_ms)):
         if not 1 <= value <= _INT32_MAX:
@@ -193,8 +215,8 @@ def _service_times(at: str, service: ServiceConfig) -> Iterator[Problem]:
         )
 
 
-def _url_problem(url: str) -> tuple[str, str] | None:
-    example = "write it like https://rides.example.com/messages"
+def _url_problem(url: str, *, example: str = "https://rides.example.com/messages") -> tuple[str, str] | None:
+    example = f"write it like {example}"
     if not url.isascii() or any(char <= " " or char == "\x7f" for char in url):
         return (
             "has spaces, control or non-ASCII characters",
@@ -210,7 +232,7 @@ def _url_problem(url: str) -> tuple[str, str] | None:
     if "@" in parts.netloc:
         return (
             "has a user or password in it",
-            "remove it: deliveries are authenticated by the signature of secret_env",
+            "remove it: secrets stand in the variables that secret_env and token_env name",
         )
     if not parts.hostname or port == 0:
         return "has no host, or port 0", example

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 ATTEMPTS = 3  # that are counted, in one delivery
 _SHORTEST_WAIT = 0.1  # seconds; a service that asks for less would be hammered
 _LONGEST_PAUSE = 30.0  # seconds for which a service that is down is left alone
+_LONGEST_SEND_PAUSE = 300.0  # seconds between two attempts at one reply
 _LONGEST_ASKED = 86_400.0  # seconds; what a Retry-After beyond a day is taken for
 
 
@@ -45,6 +46,12 @@ class Backoff:
         half of and 1, 2, 4 ... at most 30."""
         longest = min(2.0 ** min(openings - 1, 10), _LONGEST_PAUSE)
         return longest * (0.5 + 0.5 * self.random())
+
+    def send_again_in(self, attempts: int, asked: float | None) -> float:
+        """Seconds until a reply is sent again after so many attempts: 1, 4, 16 ... at most 300, as Meta
+        advises for its error 131056 (Cloud API, error codes); or what the channel `asked` for."""
+        wait = min(4.0 ** min(attempts - 1, 10), _LONGEST_SEND_PAUSE) if asked is None else asked
+        return min(max(wait, _SHORTEST_WAIT), _LONGEST_ASKED) * (1.0 + 0.1 * self.random())
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from router.config import (
     LimitsConfig,
     Problem,
     RoutingConfig,
+    SenderConfig,
     ServiceConfig,
 )
 from router.config_file import (
@@ -31,11 +32,12 @@ from router.config_file import (
     AppTable,
     FileTable,
     RoutingTable,
+    SenderTable,
     WordLists,
     read_file,
     unknown_setting,
 )
-from router.config_rules import dotted, find_problems, missing_secret
+from router.config_rules import GRAPH_API, dotted, find_problems, missing_secret
 from router.domains import EXIT, HOME, KEYWORDS, MENU, Words, canonical_domain
 
 _INTEGERS: Final = {
@@ -47,7 +49,7 @@ _INTEGERS: Final = {
 _PLAIN: Final = ("host", "port", "admin_host", "admin_port", *_INTEGERS.values())
 _ENV_NAME = re.compile(r"[A-Z][A-Z0-9_]{0,127}", re.ASCII)
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}", re.ASCII)
-_PLACEHOLDER: Final = "not configured"
+_PLACEHOLDER: Final = "not-configured"  # fit for a header, so that nothing else is reported of it
 
 
 def generate_token() -> str:
@@ -90,6 +92,7 @@ def load_config(
             enabled=table.delivery.enabled,
             dead_letter_max_age_hours=table.delivery.dead_letter_max_age_hours,
         ),
+        sender=reader.sender(table.sender),
         data_dir=directory / str(data_dir),
         database_url=reader.database_url(overrides),
         admin_token=reader.admin_token(),
@@ -259,6 +262,39 @@ class _Reader:
                 f"set it to the whsec_ secret that {service} verifies with, or leave secret_env out",
             )
         return None
+
+    def sender(self, table: SenderTable | None) -> SenderConfig | None:
+        if table is None:
+            return None
+        if table.url is None:
+            self.report("sender.url", "is missing", f"write it like {GRAPH_API}, or take [sender] out")
+        token = self._sender_token(table.token_env)
+        if token is None:
+            return None
+        return SenderConfig(
+            url=table.url or GRAPH_API,
+            token=token,
+            lanes=table.lanes,
+            timeout_ms=table.timeout_ms,
+            max_age_hours=table.max_age_hours,
+        )
+
+    def _sender_token(self, variable: str | None) -> str | None:
+        """None: it is not there, and who asks needs none."""
+        if variable is None:
+            self.report("sender.token_env", "is missing", "name the environment variable that has the token")
+            return _PLACEHOLDER
+        value = self._named(variable, "sender.token_env")
+        if value or not _ENV_NAME.fullmatch(variable):
+            return value or _PLACEHOLDER
+        if not self._need_secrets:
+            return None
+        self.report(
+            variable,
+            "is not set" if value is None else "is empty",
+            "set it to the access token of the WhatsApp app (sender.token_env names it)",
+        )
+        return _PLACEHOLDER
 
     def routing(self, table: RoutingTable) -> RoutingConfig:
         for action, given in (("menu", table.menu), ("home", table.home), ("exit", table.exit)):

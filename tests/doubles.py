@@ -534,6 +534,7 @@ def service_spec(name: str, open_lane: OpenLane, **changes: Any) -> ServiceSpec:
 def tree_spec(journal: MemoryJournal, *services: ServiceSpec, **changes: Any) -> TreeSpec:
     """A small delivering side. The random source is 1."""
     spec = TreeSpec(
+        sender=None,
         journal=journal,
         routes=Talk(),
         services=services,

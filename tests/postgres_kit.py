@@ -116,10 +116,12 @@ class Database:
 
     @asynccontextmanager
     async def journal(
-        self, *, clock: Callable[[], datetime] = utc_now, notify: bool = False
+        self, *, clock: Callable[[], datetime] = utc_now, notify: bool = False, sends: bool = False
     ) -> AsyncIterator[PostgresJournal]:
         """A journal as one process has it, with its partitions made."""
-        journal = PostgresJournal(self.bridge, lambda: self.dsn, clock=clock, notify=lambda: notify)
+        journal = PostgresJournal(
+            self.bridge, lambda: self.dsn, clock=clock, notify=lambda: notify, sends=sends
+        )
         try:
             await journal.keep_house()
             yield journal

@@ -56,7 +56,9 @@ BETWEEN_ADAPTERS = {("postgres", "channels")}  # a stored body is read as the ch
 ADAPTERS_OF_PORTS = {
     "router.postgres.journal",
     "router.postgres.lease",
+    "router.postgres.outbox",
     "router.delivery.http",
+    "router.delivery.graph",
     "router.spool.directory",
 }
 """Only router.app knows these: everybody else knows the port."""

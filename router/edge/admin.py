@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
@@ -53,6 +54,12 @@ def admin_app(router: Router, *, is_ready: Callable[[], bool]) -> QuartTrio:
             "breakers": dict(statistics.breakers),
         }
         components = {"database": database, "delivery": delivery}
+        if statistics.outbound is not None:
+            components["sender"] = {
+                "status": HEALTHY if statistics.sender_breaker == "closed" else DEGRADED,
+                "breaker": statistics.sender_breaker,
+                **asdict(statistics.outbound),
+            }
         if statistics.spool_bytes is not None:
             usable = await router.can_accept()
             components["spool"] = {

@@ -33,7 +33,8 @@ FLUSH_SECONDS = 5.0  # a server that does not answer for so long counts as away:
 
 class PostgresJournal:
     """One per process. `notify` is asked at each flush: true when another process may deliver. `patience`:
-    seconds for which a flush is tried before it fails.
+    seconds for which a flush is tried before it fails. `sends`: whether replies are to be sent; those that
+    were committed without that never are.
     """
 
     def __init__(
@@ -44,11 +45,13 @@ class PostgresJournal:
         clock: Clock,
         notify: Callable[[], bool],
         patience: float = PATIENCE,
+        sends: bool = False,
     ) -> None:
         self._bridge = bridge
         self._clock = clock
         self._notify = notify
         self._patience = patience
+        self._reply_status = "pending" if sends else "unsent"
         self._writer = uuid.uuid4()
         self._flush = 0
         self._append_line = Line(dsn, "append", on_open=self._register)
@@ -114,8 +117,8 @@ class PostgresJournal:
         now = self._clock()
         first = [completion for completion in completions if completion.item.dead_letter is None]
         replays = [completion for completion in completions if completion.item.dead_letter is not None]
-        arguments = rows.completion_arguments(first, now)
-        replay_arguments = [rows.replay_arguments(replay, now) for replay in replays]
+        arguments = rows.completion_arguments(first, now, self._reply_status)
+        replay_arguments = [rows.replay_arguments(replay, now, self._reply_status) for replay in replays]
 
         async def complete() -> None:
             with translated("complete"):

@@ -165,7 +165,7 @@ def text(value: str) -> str:
     return value.replace("\0", "\ufffd").encode("utf-8", "replace").decode("utf-8")
 
 
-def completion_arguments(completions: Sequence[Completion], now: datetime) -> list[Any]:
+def completion_arguments(completions: Sequence[Completion], now: datetime, reply_status: str) -> list[Any]:
     """postroom_complete's arguments from c_seq on. Of several sessions' changes the last one counts."""
     done: list[tuple[Any, ...]] = []
     replies: list[tuple[Any, ...]] = []
@@ -221,7 +221,13 @@ def completion_arguments(completions: Sequence[Completion], now: datetime) -> li
                 )
             )
     changes = [session_arguments(key, session) for key, session in sorted(sessions.items())]
-    return [*_columns(done, 7), *_columns(changes, 7), *_columns(replies, 8), *_columns(letters, 14)]
+    return [
+        *_columns(done, 7),
+        *_columns(changes, 7),
+        *_columns(replies, 8),
+        reply_status,
+        *_columns(letters, 14),
+    ]
 
 
 def session_arguments(key: str, session: Session) -> tuple[Any, ...]:
@@ -237,7 +243,7 @@ def session_arguments(key: str, session: Session) -> tuple[Any, ...]:
     )
 
 
-def replay_arguments(completion: Completion, now: datetime) -> list[Any]:
+def replay_arguments(completion: Completion, now: datetime, reply_status: str) -> list[Any]:
     """postroom_complete_replay's arguments from p_id on."""
     item, letter, session = completion.item, completion.dead_letter, completion.session
     outcome, resolution, status, error, due = "delivered", "reprocessed", "reprocessed", None, None
@@ -263,6 +269,7 @@ def replay_arguments(completion: Completion, now: datetime) -> list[Any]:
         *change,
         item.wa_id or item.user_id,
         [storable(reply) for reply in completion.replies],
+        reply_status,
     ]
 
 

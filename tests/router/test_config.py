@@ -15,7 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tables import each
 
-from router.config import AppConfig, Config, ConfigError, LimitsConfig, RoutingConfig, ServiceConfig
+from router.config import (
+    AppConfig,
+    Config,
+    ConfigError,
+    LimitsConfig,
+    RoutingConfig,
+    SenderConfig,
+    ServiceConfig,
+)
 from router.config_rules import checked, find_problems
 from router.domains import ALIASES, KEYWORDS, LANGUAGES, fold
 from router.settings import load_config
@@ -221,7 +229,7 @@ BAD_FILES = [
     ),
     (
         "[services.rides]\nstatuses = true",
-        "services.rides.statuses: delivery statuses are routed back once a sender",
+        "services.rides.statuses: delivery statuses are not routed back to services yet",
     ),
     ("[services.Rides]", "services.Rides: cannot be the name of a domain; fix: use up to 63 of a-z"),
     ("[services.menu]", "services.menu: cannot be the name of a domain"),
@@ -235,6 +243,18 @@ BAD_FILES = [
         "[services.fun]\nkeywords = {en = ['Home']}",
         "services.fun.keywords.en: 'Home' means home and never reaches fun",
     ),
+    ("[sender]", "sender.url: is missing; fix: write it like https://graph"),
+    ("[sender]", "sender.token_env: is missing; fix: name the environment variable"),
+    ("[sender]\ntoken_env = 'NONE'", "NONE: is not set; fix: set it to the access token"),
+    ("[sender]\ntoken_env = 'EMPTY'", "EMPTY: is empty; fix: set it to the access token"),
+    ("[sender]\ntoken_env = 'E A'", "sender.token_env: is not the name of an environment variable"),
+    ("[sender]\ntoken_env = 'WHATSAPP_APP_SECRET'\nurl = 'graph'", "sender.url: is not http:// or https://"),
+    ("[sender]\ntoken_env = 'SPACED'", "sender.token_env: has characters that no token has; fix: copy"),
+    ("[sender]\nurl = 'http://g/?v=1'", "sender.url: has a ?query; fix: write it like https"),
+    ("[sender]\ntoken = 'topsecret'", "sender.token: does not belong into a file; fix: name an env"),
+    ("[sender]\nlanes = 0", "sender.lanes: 0 is not between 1 and 1024; fix: 8 is usual"),
+    ("[sender]\nmax_age_hours = 0", "sender.max_age_hours: 0 is not between 1 and 87600"),
+    ("[sender]\ntimeout_ms = 0", "sender.timeout_ms: 0 is not between 1 and 2147483647"),
     (
         "[routing]\nexit = {en = ['menu']}",
         "routing.exit.en: 'menu' already means menu; fix: keep it in routing.menu",
@@ -318,7 +338,7 @@ BAD_FILES = [
 def test_each_error_names_the_setting_and_the_fix(
     tmp_path: Path, toml: str | bytes, expected: str | None
 ) -> None:
-    environ = {**ENV, "A": "a", "PLAIN": "topsecret", "EMPTY": ""}
+    environ = {**ENV, "A": "a", "PLAIN": "topsecret", "EMPTY": "", "SPACED": "top secret"}
     if expected is None:
         assert load(tmp_path, toml, environ).data_dir == tmp_path / "a\\u0000b"
         return
@@ -451,10 +471,17 @@ def test_a_file_that_was_named_must_be_readable(tmp_path: Path) -> None:
 
 
 def test_the_shipped_example_is_complete_and_has_the_defaults(tmp_path: Path) -> None:
-    environ = {**ENV, "KIGALI_APP_SECRET": "k", "KIGALI_VERIFY_TOKEN": "k", "RIDES_SECRET": WHSEC}
+    environ = {
+        **ENV,
+        "KIGALI_APP_SECRET": "k",
+        "KIGALI_VERIFY_TOKEN": "k",
+        "RIDES_SECRET": WHSEC,
+        "WHATSAPP_ACCESS_TOKEN": "EAAG",
+    }
     config = load_config(file=EXAMPLE, environ=environ, overrides={}, directory=tmp_path)
     assert [app.name for app in config.apps] == ["default", "kigali"]
     assert config.limits == LimitsConfig()
+    assert config.sender == SenderConfig(url="https://graph.facebook.com/v23.0", token="EAAG")
     assert config.routing == replace(RoutingConfig(), buttons={"BOOK_NOW": "rides", "BACK": "home"})
     plain = load_config(file=None, environ=ENV, overrides={}, directory=tmp_path)
     for name in ("host", "port", "admin_host", "admin_port", "data_dir", "session_ttl_hours", "delivery"):

@@ -197,8 +197,9 @@ class TestCompletions:
             attempts=3,
             dead_letter=DeadLetter(status="pending", resolution=None, error="no\0 \ud800", retry_in=300.0),
         )
-        columns = rows.completion_arguments([delivered, dead], NOW)
-        assert len(columns) == 36
+        columns = rows.completion_arguments([delivered, dead], NOW, "pending")
+        assert len(columns) == 37
+        assert columns[22] == "pending"
         assert columns[:7] == [
             [5, 6],
             [NOW, NOW],
@@ -219,7 +220,7 @@ class TestCompletions:
             ['{"type":"text"}', '{"x":"\\ufffd"}'],
             ["c-1"] * 2,
         ]
-        letter = [column[0] for column in columns[22:]]
+        letter = [column[0] for column in columns[23:]]
         assert letter[:4] == [6, NOW, "US.1", "jobs"]
         assert json.loads(letter[4]) == {"id": "wamid.1", "x": "\ufffd"}
         assert letter[5] == "no\ufffd ?"
@@ -238,12 +239,12 @@ class TestCompletions:
             )
             for version, key in enumerate(["b", "a", "b"])
         ]
-        columns = rows.completion_arguments(changes, NOW)
+        columns = rows.completion_arguments(changes, NOW, "pending")
         assert columns[7] == ["a", "b"]
         assert columns[13] == [1, 2]
 
     def test_nothing_is_every_column_empty(self) -> None:
-        assert rows.completion_arguments([], NOW) == [[]] * 36
+        assert rows.completion_arguments([], NOW, "unsent") == [[]] * 22 + ["unsent"] + [[]] * 14
 
     @pytest.mark.parametrize(
         ("letter", "expected"),
@@ -277,12 +278,12 @@ class TestCompletions:
             replies=({"type": "text"},),
             dead_letter=letter,
         )
-        arguments = rows.replay_arguments(completion, NOW)
-        assert len(arguments) == 18
+        arguments = rows.replay_arguments(completion, NOW, "pending")
+        assert len(arguments) == 19
         assert arguments[0].int == 1
         assert arguments[1:9] == expected
         assert (arguments[9] is None) is (letter is not None)
-        assert arguments[16:] == ["250", ['{"type":"text"}']]
+        assert arguments[16:] == ["250", ['{"type":"text"}'], "pending"]
 
     @given(st.text())
     def test_text_is_what_postgres_takes(self, value: str) -> None:

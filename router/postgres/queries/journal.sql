@@ -57,11 +57,11 @@ SELECT session_key, phone_number_id, wa_id, user_id, active_service, state::text
 -- name: complete
 SELECT postroom_complete($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19,
                          $20, $21, $22, $23, $24, $25, $26, $27, $28, $29, $30, $31, $32, $33, $34, $35, $36, $37,
-                         $38, $39, $40);
+                         $38, $39, $40, $41);
 
 -- name: complete_replay
 SELECT postroom_complete_replay($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19,
-                                $20);
+                                $20, $21);
 
 -- name: bound_lock_waits
 SET lock_timeout = '2s';

@@ -25,8 +25,9 @@ from tables import each
 
 from actors.messages import Ack, Envelope, Reject, Reply, Retry, Session
 from actors.ports import Unreadable
-from router.delivery import http
-from router.delivery.http import HttpLane, Target, open_lane, retry_after, traceparent
+from router.delivery import connection
+from router.delivery.connection import retry_after
+from router.delivery.http import HttpLane, Target, open_lane, traceparent
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
@@ -175,7 +176,7 @@ class TestRequest:
         ],
     )
     def test_a_url_is_a_target(self, url: str, expected: tuple[object, ...]) -> None:
-        target = Target.of(url, None)
+        target = Target.of(url, None).origin
         assert (target.host, target.port, target.tls, target.path, target.authority) == expected
 
     def test_traceparent_is_valid_and_one_trace_has_all_attempts(self) -> None:
@@ -417,7 +418,7 @@ class TestAnswers:
 
     @pytest.mark.parametrize("framed", [True, False])
     async def test_too_large_an_answer_is_delivered_and_unreadable(self, framed: bool) -> None:
-        body = b" " * (http.MAX_ANSWER_BYTES + 200_000)
+        body = b" " * (connection.MAX_ANSWER_BYTES + 200_000)
         answer = ok(body) if framed else b"HTTP/1.1 200 OK\r\n\r\n" + body
         async with serving((answer, trio.sleep_forever), (ok(),)) as service, lane_to(service.port) as lane:
             result = await lane.attempt(ENVELOPE)
@@ -427,11 +428,11 @@ class TestAnswers:
         assert service.connections == 2
 
     async def test_the_largest_answer_is_read(self) -> None:
-        body = b"{}" + b" " * (http.MAX_ANSWER_BYTES - 2)
+        body = b"{}" + b" " * (connection.MAX_ANSWER_BYTES - 2)
         assert await one_attempt(ok(body)) == Ack()
 
     async def test_a_large_error_is_still_its_status(self) -> None:
-        answer = ok(b" " * (http.MAX_ANSWER_BYTES + 1), status=b"422 X")
+        answer = ok(b" " * (connection.MAX_ANSWER_BYTES + 1), status=b"422 X")
         assert await one_attempt(answer) == Reject("answered 422")
 
     async def test_an_endless_head_ends(self) -> None:

@@ -1,0 +1,192 @@
+"""One persistent connection to an HTTP server that one task owns: a request out, its response in. What they
+mean is known to those who use it.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import select
+import ssl
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from urllib.parse import urlsplit
+
+import httptools
+import trio
+
+MAX_ANSWER_BYTES = 1_048_576
+MAX_HEAD_BYTES = 65_536  # of an answer, interim ones before it included
+_READ_SIZE = 65_536
+
+
+class NoAnswer(Exception):
+    """The exchange failed at a point where the server may or may not have the request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a server is, and the path that its URL has."""
+
+    host: str
+    port: int
+    tls: bool
+    path: str
+    authority: str
+
+    @classmethod
+    def of(cls, url: str) -> Origin:
+        parts = urlsplit(url)
+        tls = parts.scheme == "https"
+        port = parts.port or (443 if tls else 80)
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        return cls(parts.hostname or "", port, tls, path, parts.netloc)
+
+    def tls_context(self) -> ssl.SSLContext | None:
+        """To be made once for all connections: it reads every trusted root."""
+        return ssl.create_default_context() if self.tls else None
+
+
+class Response:
+    """Collects one response; interim ones (1xx) are passed over, and what follows it is nobody's."""
+
+    def __init__(self) -> None:
+        self.parser = httptools.HttpResponseParser(self)
+        self.status = 0  # until the head of the response has been read
+        self.headers: dict[str, str] = {}
+        self.body = bytearray()
+        self.complete = False
+        self.reusable = False
+
+    @property
+    def too_large(self) -> bool:
+        return len(self.body) > MAX_ANSWER_BYTES
+
+    @property
+    def ends_with_connection(self) -> bool:
+        """Whether the end of the connection is the end of the body."""
+        return self.status > 0 and not self.headers.keys() & {"content-length", "transfer-encoding"}
+
+    def on_message_begin(self) -> None:
+        self.reusable = False  # a second answer that nobody asked for
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self.complete:
+            self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        status = self.parser.get_status_code()
+        if self.complete:
+            return
+        if status < 200:
+            self.headers.clear()
+        else:
+            self.status = status
+
+    def on_body(self, data: bytes) -> None:
+        if not self.complete:
+            self.body += data
+
+    def on_message_complete(self) -> None:
+        if self.status and not self.complete:
+            self.complete = True
+            # Asked here: afterwards the parser has forgotten how the body was framed.
+            self.reusable = self.parser.should_keep_alive()
+
+
+class HttpConnection:
+    """At most one connection, opened when it is needed. Cancelled in the middle of an exchange, it is closed:
+    a late answer must not be taken for the next one's.
+    """
+
+    def __init__(self, origin: Origin, *, tls: ssl.SSLContext | None = None) -> None:
+        self._origin = origin
+        self._tls = tls
+        self._stream: trio.SocketStream | trio.SSLStream[trio.SocketStream] | None = None
+        self._fd = -1
+
+    async def exchange(self, request: bytes) -> Response:
+        """Send `request`, head and body, and read its response. Raises NoAnswer."""
+        try:
+            return await self._exchange(request)
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError) as error:
+            raise NoAnswer(f"connection failed: {_cause(error)}") from error
+
+    async def _exchange(self, request: bytes) -> Response:
+        stream = await self._connected()
+        response = Response()
+        try:
+            await stream.send_all(request)
+            head = 0
+            while not response.complete and not response.too_large:
+                data = await stream.receive_some(_READ_SIZE)
+                if not data:
+                    if response.ends_with_connection:
+                        break
+                    raise NoAnswer("connection closed before the end of an answer")
+                try:
+                    response.parser.feed_data(bytes(data))
+                except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+                    if not response.complete:
+                        raise NoAnswer(f"not an HTTP answer: {type(error).__name__}") from None
+                head += 0 if response.status else len(data)
+                if head > MAX_HEAD_BYTES:
+                    raise NoAnswer(f"the head of the answer is longer than {MAX_HEAD_BYTES} bytes")
+        except BaseException:
+            await self.close()
+            raise
+        finally:
+            del response.parser  # it refers to the response
+        if not response.reusable:
+            await self.close()
+        return response
+
+    async def _connected(self) -> trio.SocketStream | trio.SSLStream[trio.SocketStream]:
+        if self._stream is not None:
+            # Readable while idle: closed, or talking out of turn. Finding that now costs no attempt.
+            poll = select.poll()
+            poll.register(self._fd, select.POLLIN)
+            if not poll.poll(0):
+                return self._stream
+            await self.close()
+        tcp = await trio.open_tcp_stream(self._origin.host, self._origin.port)
+        self._fd = tcp.socket.fileno()
+        if self._origin.tls:
+            if self._tls is None:
+                self._tls = self._origin.tls_context()
+                assert self._tls is not None
+            self._stream = trio.SSLStream(
+                tcp, self._tls, server_hostname=self._origin.host, https_compatible=True
+            )
+        else:
+            self._stream = tcp
+        return self._stream
+
+    async def close(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            with trio.CancelScope(shield=True):  # closing forcefully does not wait
+                await trio.aclose_forcefully(stream)
+
+
+def retry_after(value: str | None, now: datetime) -> float | None:
+    """Seconds of a Retry-After header (RFC 9110: seconds or a date); None when there is none to read."""
+    if value is None:
+        return None
+    value = value.strip()
+    if value.isascii() and value.isdigit():
+        return float(min(int(value[:12]), 10**9))
+    try:
+        date = email.utils.parsedate_to_datetime(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    if date.tzinfo is None:
+        date = date.replace(tzinfo=UTC)
+    return max((date - now).total_seconds(), 0.0)
+
+
+def _cause(error: BaseException) -> str:
+    """The name of what trio translated: a refused connection, a certificate that is not trusted."""
+    cause = error.__cause__ or error
+    while isinstance(cause, BaseExceptionGroup):
+        cause = cause.exceptions[0]
+    return type(cause).__name__

@@ -1,0 +1,84 @@
+"""The outbox on Postgres: replies that wait for a sender, and what became of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from actors.messages import OutboundMessage, Refused, SendRecord, Sent, Unsent
+from actors.ports import Clock
+from router.json_text import parse
+
+from .bridge import Bridge
+from .connections import BY_KEY, Line
+from .errors import TRANSIENT, translated
+from .rows import text
+from .statements import statements
+
+_SQL = statements("outbox")
+
+
+class PostgresOutbox:
+    """One per process, on a connection of its own."""
+
+    def __init__(self, bridge: Bridge, dsn: Callable[[], str], *, clock: Clock) -> None:
+        self._bridge = bridge
+        self._clock = clock
+        self._line = Line(dsn, "outbox", settings=BY_KEY)
+
+    async def close(self) -> None:
+        await self._bridge.run(self._line.close)
+
+    async def unsent(self, *, conversations: int, of_each: int, busy: Sequence[str]) -> Unsent:
+        now = self._clock()
+        rows = await self._fetch("unsent", now, conversations, of_each, list(busy))
+        due: datetime | None = (await self._fetch("next_due", now))[0][0]
+        next_in = None if due is None else (due - now).total_seconds()
+        return Unsent([_message(row) for row in rows], next_in)
+
+    async def record(self, records: Sequence[SendRecord], *, epoch: int) -> None:
+        now = self._clock()
+        columns = [
+            list(column) for column in zip(*(_columns(record, now) for record in records), strict=True)
+        ]
+        await self._fetch("record", epoch, now, *columns)
+
+    async def _fetch(self, name: str, *arguments: Any) -> list[Any]:
+        async def fetch() -> list[Any]:
+            with translated(name):
+                try:
+                    async with self._line.use() as connection:
+                        rows: list[Any] = await connection.fetch(_SQL[name], *arguments)
+                        return rows
+                except TRANSIENT:
+                    self._line.drop()
+                    raise
+
+        return await self._bridge.run(fetch)
+
+
+def _message(row: Any) -> OutboundMessage:
+    payload = parse(row["payload"].encode())
+    return OutboundMessage(
+        id=row["id"],
+        session_key=row["session_key"],
+        phone_number_id=row["phone_number_id"],
+        recipient=row["recipient"] or "",
+        message=payload if isinstance(payload, dict) else {},
+        reference=f"rpl_{row['id']}",
+        correlation_id=row["correlation_id"],
+        created_at=row["created_at"],
+        attempts=row["attempts"],
+    )
+
+
+def _columns(record: SendRecord, now: datetime) -> tuple[Any, ...]:
+    """postroom_record_sent's columns: id, status, message id, error, next attempt."""
+    identity, outcome = record.message.id, record.outcome
+    if isinstance(outcome, Sent):
+        return identity, "sent", text(outcome.message_id) or None, None, None
+    if isinstance(outcome, Refused):
+        return identity, "failed", None, text(outcome.reason), None
+    due = now + timedelta(seconds=record.retry_in or 0.0)
+    return identity, "pending", None, text(outcome.reason), due
