@@ -82,13 +82,20 @@ def test_the_blueprint_example_mounts_every_path() -> None:
     assert {rule.rule for rule in app.url_map.iter_rules()} >= set(router.webhooks.paths)
 
 
-def test_the_configuration_example_is_read(tmp_path: Path) -> None:
+def test_the_configuration_examples_are_read(tmp_path: Path) -> None:
     file = tmp_path / "postroom.toml"
-    file.write_text(blocks("toml")[0])
-    secrets = {"WHATSAPP_APP_SECRET": "s", "WHATSAPP_VERIFY_TOKEN": "v", "RIDES_SECRET": "whsec_c2VjcmV0"}
+    file.write_text("\n".join(blocks("toml")))
+    secrets = {
+        "WHATSAPP_APP_SECRET": "s",
+        "WHATSAPP_VERIFY_TOKEN": "v",
+        "WHATSAPP_ACCESS_TOKEN": "t",
+        "RIDES_SECRET": "whsec_c2VjcmV0",
+    }
     config = load_config(file=file, environ=secrets, overrides={})
     assert config.services["rides"].url == "http://127.0.0.1:9001/messages"
     assert config.services["rides"].secret == "whsec_c2VjcmV0"
+    assert config.sender is not None
+    assert config.sender.token == "t"
 
 
 def test_every_command_is_in_the_table() -> None:
