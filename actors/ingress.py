@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import trio
+
 from .errors import JournalRefused, JournalUnavailable, SpoolUnavailable
 from .kernel import Actor
 from .messages import Appended, Delivery, Duplicates, Item
@@ -20,13 +22,15 @@ Feed = Callable[[int, int, list[Item]], None]
 
 @dataclass(slots=True)
 class IngressStatistics:
-    """Since start: flushes committed, items journaled, duplicates found, deliveries spooled and refused."""
+    """Since start: flushes committed, items journaled, duplicates found, deliveries spooled and refused.
+    `refused_at`: when the last flush was refused, on trio's clock, if none was durable since."""
 
     flushes: int = 0
     items: int = 0
     duplicates: int = 0
     spooled: int = 0
     refused: int = 0
+    refused_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +114,7 @@ class Ingress(Actor[Delivery]):
                 return
             self._refuse(error, flush, unsettled)
             return
+        self.statistics.refused_at = None
         # Answer first: the phones' side waits for nothing that delivery does.
         _settle(unsettled, len(flush), True)
         self.hand_on(stored)
@@ -125,12 +130,14 @@ class Ingress(Actor[Delivery]):
             self._refuse(error, flush, unsettled)
             return True
         self.statistics.spooled += len(flush)
+        self.statistics.refused_at = None
         _settle(unsettled, len(flush), True)
         return True
 
     def _refuse(self, error: Exception, flush: list[Delivery], unsettled: deque[Delivery]) -> None:
         self._on_refused(error)
         self.statistics.refused += len(flush)
+        self.statistics.refused_at = trio.current_time()
         _settle(unsettled, len(flush), False)
 
     async def append(self, flush: list[Delivery]) -> Stored:

@@ -52,6 +52,7 @@ CANCELLED_DRAIN_SECONDS = 5.0
 # Passes of the scheduler: the answers of one flush go out, and what they bring joins the next.
 _INGRESS_LINGER = 4
 _SENDER_FAILURES = 5  # attempts in a row; the sender is then left alone for a while
+_REFUSES_FOR = 10.0  # seconds after which only another attempt can tell
 _KEEP_HOUSE_EVERY = 3_600.0
 _MENU_EVERY = 30.0
 _REACH_EVERY = 0.2  # seconds between looks whether a database is there that was not at the start
@@ -277,6 +278,12 @@ class Router:
     def delivers(self) -> bool:
         """Whether this process holds the lease; another one on the same database may."""
         return self._epoch is not None
+
+    @property
+    def refuses(self) -> bool:
+        """The last flush could not be made durable, a moment ago: what comes now is likely to be refused."""
+        refused_at = self._ingress.statistics.refused_at
+        return refused_at is not None and trio.current_time() - refused_at < _REFUSES_FOR
 
     async def can_accept(self) -> bool:
         """Whether what comes now could be made durable without the database."""

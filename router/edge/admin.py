@@ -53,7 +53,12 @@ def admin_app(router: Router, *, is_ready: Callable[[], bool]) -> QuartTrio:
             "waiting_for": dict(statistics.waiting_for),
             "breakers": dict(statistics.breakers),
         }
-        components = {"database": database, "delivery": delivery}
+        ingress = {
+            "status": UNHEALTHY if router.refuses else HEALTHY,
+            "refused": statistics.ingress.refused,
+            "spooled": statistics.ingress.spooled,
+        }
+        components = {"database": database, "ingress": ingress, "delivery": delivery}
         if statistics.outbound is not None:
             components["sender"] = {
                 "status": HEALTHY if statistics.sender_breaker == "closed" else DEGRADED,
@@ -112,10 +117,13 @@ def admin_app(router: Router, *, is_ready: Callable[[], bool]) -> QuartTrio:
 
 
 async def _status(database: dict[str, Any], router: Router) -> str:
-    """Degraded: what comes is durable in the spool, and not delivered yet."""
-    if database["status"] == HEALTHY:
-        return DEGRADED if router.statistics().spool_bytes else HEALTHY
-    return DEGRADED if await router.can_accept() else UNHEALTHY
+    """Degraded: what comes waits in the spool, or could not wait there if it had to."""
+    if router.refuses:
+        return UNHEALTHY
+    spools, waiting = await router.can_accept(), router.statistics().spool_bytes
+    if database["status"] != HEALTHY:
+        return DEGRADED if spools else UNHEALTHY
+    return HEALTHY if waiting is None or (spools and not waiting) else DEGRADED
 
 
 def _refused() -> tuple[Response, int]:

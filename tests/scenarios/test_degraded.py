@@ -1,6 +1,6 @@
 """A Postgres that is there and cannot be used: read-only after a failover, out of connections, unreachable
 without a word. Each time webhooks are answered 200 from the spool, health says degraded, and afterwards
-everything is delivered in order.
+everything is delivered in order. One that is only slow is used.
 """
 
 # ruff: noqa: ASYNC110 - tables and directories send no events
@@ -211,3 +211,30 @@ async def test_a_database_that_is_out_of_reach_without_a_word(home: Path) -> Non
             place.proxy.heal()
 
         await through(place, vanish, come_back)
+
+
+async def test_a_database_whose_commits_are_slow(home: Path) -> None:
+    """A tenth of a second each: what comes meanwhile shares the next one, and nothing is degraded."""
+    async with open_place(home) as place:
+        for setting in ("commit_delay = 100000", "commit_siblings = 0"):
+            await place.database.fetch(f"ALTER SYSTEM SET {setting}")
+        await place.database.fetch("SELECT pg_reload_conf()")
+        before = await place.database.value(_FLUSHES)
+        messages = [kit.new_message("taxi", sender=f"99900500{number:04}") for number in range(60)]
+        async with trio.open_nursery() as nursery:
+            for message in messages:
+                nursery.start_soon(accepted, place, message)
+        assert await place.database.value(_FLUSHES) - before < 30
+        place.sent = len(messages)
+        await place.services.until_seen(place.sent)
+        await place.until_health_is("healthy")
+        assert {sight.message_id for sight in place.services.sights} == {m.message_id for m in messages}
+        await place.database.until(lambda count: count == 0)
+        assert (await place.database.recount()).ok
+
+
+_FLUSHES = "SELECT coalesce(sum(flush), 0)::bigint FROM journal_writers"
+
+
+async def accepted(place: Place, message: kit.Message) -> None:
+    assert await kit.post(place.router.webhook, kit.body_of(message)) == 200

@@ -15,6 +15,7 @@ import trio
 from wire import GONE, Answer, connected, get
 
 from actors.errors import JournalUnavailable
+from actors.outbound import OutboundStatistics
 from router.app import DeadLetterCounts
 from router.edge import admin
 from router.edge.admin import admin_app, serve_admin
@@ -35,8 +36,10 @@ class StandIn:
     token: str | None = "a-token-of-20-letters"
     asked: int = 0
     since_last_run: timedelta | None = timedelta(minutes=1)
-    spools: bool | None = False  # None: there is no spool
+    spools: bool | None = True  # None: there is no spool
     spooled: int = 0
+    refuses: bool = False
+    sender_breaker: str | None = None
 
     @property
     def config(self) -> Any:
@@ -67,6 +70,9 @@ class StandIn:
             waiting_for={"rides": 1},
             breakers={"rides": "open"},
             spool_bytes=None if self.spools is None else self.spooled,
+            ingress=SimpleNamespace(refused=4, spooled=5),
+            outbound=None if self.sender_breaker is None else OutboundStatistics(7, 1, 2),
+            sender_breaker=self.sender_breaker,
         )
 
     async def can_accept(self) -> bool:
@@ -90,7 +96,11 @@ class TestReady:
 
     @pytest.mark.parametrize(("ready", "away"), [(False, False), (True, True), (False, True)])
     async def test_not_ready(self, ready: bool, away: bool) -> None:
-        assert await ask(StandIn(away=away), "/health/ready", ready=ready) == (503, {"status": "unhealthy"})
+        router = StandIn(away=away, spools=None)
+        assert await ask(router, "/health/ready", ready=ready) == (503, {"status": "unhealthy"})
+
+    async def test_not_while_what_comes_is_refused(self) -> None:
+        assert await ask(StandIn(refuses=True), "/health/ready") == (503, {"status": "unhealthy"})
 
     async def test_with_a_spool_it_is_ready_while_the_database_is_away(self) -> None:
         router = StandIn(away=True, spools=True)
@@ -121,10 +131,34 @@ class TestHealth:
             "waiting_for": {"rides": 1},
             "breakers": {"rides": "open"},
         }
-        assert body["components"]["spool"] == {"status": "unhealthy", "bytes": 0}
+        assert body["components"]["spool"] == {"status": "healthy", "bytes": 0}
+        assert body["components"]["ingress"] == {"status": "healthy", "refused": 4, "spooled": 5}
+        assert "sender" not in body["components"]
+
+    @pytest.mark.parametrize(("breaker", "expected"), [("closed", "healthy"), ("open", "degraded")])
+    async def test_there_is_a_sender(self, breaker: str, expected: str) -> None:
+        status, body = await ask(StandIn(sender_breaker=breaker), "/health")
+        assert (status, body["status"]) == (200, "healthy")
+        assert body["components"]["sender"] == {
+            "status": expected,
+            "breaker": breaker,
+            "sent": 7,
+            "refused": 1,
+            "put_off": 2,
+        }
+
+    async def test_a_spool_that_cannot_be_used_is_seen_before_it_is_needed(self) -> None:
+        status, body = await ask(StandIn(spools=False), "/health")
+        assert (status, body["status"]) == (200, "degraded")
+        assert body["components"]["spool"]["status"] == "unhealthy"
+
+    async def test_what_comes_is_refused(self) -> None:
+        status, body = await ask(StandIn(refuses=True), "/health")
+        assert (status, body["status"]) == (503, "unhealthy")
+        assert body["components"]["ingress"]["status"] == "unhealthy"
 
     async def test_the_database_is_away(self) -> None:
-        status, body = await ask(StandIn(away=True), "/health")
+        status, body = await ask(StandIn(away=True, spools=False), "/health")
         assert (status, body["status"]) == (503, "unhealthy")
         assert body["components"]["database"]["status"] == "unhealthy"
         assert body["components"]["delivery"]["status"] == "healthy"
@@ -158,7 +192,7 @@ class TestHealth:
     async def test_a_database_that_hangs_is_away(self, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(admin, "PROBE_SECONDS", 0.05)
         with trio.fail_after(10):
-            status, body = await ask(StandIn(hangs=True), path)
+            status, body = await ask(StandIn(hangs=True, spools=None), path)
         assert (status, body["status"]) == (503, "unhealthy")
 
 
