@@ -1,8 +1,9 @@
 """Postroom: an actor-based message router for WhatsApp webhooks. This is the public API."""
 
 from actors.messages import Ack, Envelope, Reject, Reply, Retry, Session, SessionChange
-from router.app import NotStored, Router, inbound, open_router
-from router.config import Config, ConfigError, ServiceConfig
+from router.app import NotStored, Router, open_router
+from router.config import Config, ConfigError, SenderConfig, ServiceConfig
+from router.inbound import inbound
 
 __all__ = [
     "Ack",
@@ -14,6 +15,7 @@ __all__ = [
     "Reply",
     "Retry",
     "Router",
+    "SenderConfig",
     "ServiceConfig",
     "Session",
     "SessionChange",

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import random
-import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
 
@@ -17,29 +16,27 @@ from actors.breaker import Breaker, BreakerState
 from actors.errors import JournalUnavailable, SpoolUnavailable
 from actors.ingress import Ingress, IngressStatistics
 from actors.kernel import Address, ChildSpec, Strategy, Supervisor
-from actors.messages import Delivery, Envelope, Session
+from actors.messages import Delivery, Envelope
 from actors.outbound import OutboundStatistics
 from actors.owner import Owner
 from actors.ports import Clock
 from actors.tree import SenderSpec, ServiceSpec, TreeSpec
 from actors.unspooler import Unspooler
 from router.accept import Webhooks, is_correlation_id, is_traceparent
-from router.channels.whatsapp import OBJECT
 from router.config import Config, ServiceConfig
 from router.config_rules import checked
+from router.database import migrate_database, open_database
 from router.delivery import graph, http, in_process
 from router.delivery.in_process import HandlerFunction
 from router.domains import canonical_domain
 from router.home_menu import HomeMenu, MenuRow
-from router.json_text import encode
+from router.inbound import body_of, utc_now
 from router.observe.logs import get_logger
 from router.postgres.bridge import Bridge, open_bridge
-from router.postgres.connections import connect
-from router.postgres.embedded import EmbeddedPostgres
-from router.postgres.errors import TRANSIENT, describe
+from router.postgres.errors import describe
 from router.postgres.journal import PATIENCE, WITH_A_SPOOL, PostgresJournal
 from router.postgres.lease import PostgresLease
-from router.postgres.migrate import MigrationError, migrate, pending, shipped_migrations
+from router.postgres.migrate import MigrationError
 from router.postgres.outbox import PostgresOutbox
 from router.retry import REDELIVERY, Backoff
 from router.routing import Routes
@@ -61,11 +58,6 @@ _REACH_AT_LEAST_EVERY = 2.0
 
 class NotStored(Exception):
     """`submit` could not make the message durable; nothing of it was stored."""
-
-
-def utc_now() -> datetime:
-    """The system's clock."""
-    return datetime.now(UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +231,7 @@ class Router:
         if envelope.traceparent is not None and not is_traceparent(envelope.traceparent):
             raise ValueError("envelope.traceparent is not a W3C traceparent of version 00")
         delivery = self.webhooks.splitter_for(envelope.session.phone_number_id, self._dedup_key).delivery(
-            _body_of(envelope),
+            body_of(envelope),
             correlation_id=envelope.correlation_id,
             traceparent=envelope.traceparent,
             settle=settle,
@@ -472,76 +464,6 @@ def _unless_expected(error: Exception) -> Exception | None:
 
 
 @asynccontextmanager
-async def open_database(
-    config: Config, *, report: Callable[[str], None] = lambda line: None
-) -> AsyncIterator[Callable[[], str]]:
-    """The database of a configuration, as a function that gives its connection string: DATABASE_URL, or
-    the embedded Postgres in `data_dir`, started when it does not run and stopped when nobody else
-    uses it.
-
-    Raises:
-        EmbeddedPostgresError: it cannot run here.
-    """
-    if config.database_url is not None:
-        url = config.database_url
-        yield lambda: url
-        return
-    postgres = EmbeddedPostgres(config.data_dir, report=report)
-    await postgres.start()
-    failure: Exception | None = None
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(postgres.watch)
-            try:
-                yield postgres.dsn
-            except Exception as error:
-                failure = error  # raised below as it is: a nursery would wrap it
-            nursery.cancel_scope.cancel()
-        if failure is not None:
-            raise failure
-    finally:
-        with trio.move_on_after(40) as stopping:
-            stopping.shield = True
-            await postgres.stop()
-
-
-async def migrate_database(bridge: Bridge, dsn: str, *, apply: bool) -> list[str]:
-    """Bring the schema up to date, or with `apply` false only see that it is.
-
-    Returns the names of what was applied.
-
-    Raises:
-        MigrationError: it is not up to date, or cannot be brought there.
-        JournalUnavailable: the database cannot be reached.
-    """
-    migrations = shipped_migrations()
-
-    async def work() -> list[str]:
-        try:
-            connection = await connect(dsn, name="migrate", statement_timeout=None)
-        except TRANSIENT as error:
-            raise JournalUnavailable(f"cannot connect to the database: {describe(error)}") from error
-        try:
-            if apply:
-                done = await migrate(connection, migrations)
-                return [f"{one.version:04}_{one.name}" for one in done]
-            missing = await pending(connection, migrations)
-            if missing:
-                raise MigrationError(
-                    f"the database lacks {len(missing)} migration(s), from "
-                    f"{missing[0].version:04}_{missing[0].name}; "
-                    "run `postroom migrate`, or serve with --migrate"
-                )
-            return []
-        except TRANSIENT as error:
-            raise JournalUnavailable(f"the schema could not be looked at: {describe(error)}") from error
-        finally:
-            connection.terminate()
-
-    return await bridge.run(work)
-
-
-@asynccontextmanager
 async def open_router(
     config: Config,
     handlers: Mapping[str, HandlerFunction] | None = None,
@@ -604,40 +526,3 @@ async def _shielded(work: Callable[[], Any], seconds: float) -> None:
     with trio.move_on_after(seconds) as scope:
         scope.shield = True
         await work()
-
-
-def _body_of(envelope: Envelope) -> bytes:
-    """The body that Meta would have sent for this message."""
-    value: dict[str, Any] = {
-        "messaging_product": "whatsapp",
-        "metadata": {
-            "display_phone_number": "",
-            "phone_number_id": envelope.session.phone_number_id,
-        },
-        "messages": [dict(envelope.message)],
-    }
-    if envelope.contact is not None:
-        value["contacts"] = [dict(envelope.contact)]
-    change = {"field": "messages", "value": value}
-    return encode({"object": OBJECT, "entry": [{"id": "submitted", "changes": [change]}]})
-
-
-def inbound(
-    *,
-    phone_number_id: str,
-    message: Mapping[str, Any],
-    contact: Mapping[str, Any] | None = None,
-    correlation_id: str | None = None,
-    clock: Clock = utc_now,
-) -> Envelope:
-    """An envelope for `submit`, around a message object as Meta sends it."""
-    return Envelope(
-        id="",
-        message_id=str(message.get("id", "")),
-        domain="",
-        session=Session(key="", phone_number_id=phone_number_id),
-        message=message,
-        contact=contact,
-        received_at=clock(),
-        correlation_id=correlation_id or secrets.token_hex(16),
-    )

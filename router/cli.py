@@ -116,7 +116,7 @@ def migrate(data_dir: Path | None, database_url: str | None, config_file: Path |
     config = load(config_file=config_file, need_secrets=False, data_dir=data_dir, database_url=database_url)
 
     async def run() -> list[str]:
-        from router.app import migrate_database, open_database
+        from router.database import migrate_database, open_database
         from router.postgres.bridge import open_bridge
 
         async with open_database(config, report=say) as dsn, open_bridge() as bridge:
@@ -197,7 +197,7 @@ def psql(
 
         import trio
 
-        from router.app import open_database
+        from router.database import open_database
         from router.postgres.embedded import find_binary
 
         async with open_database(config, report=say) as dsn:

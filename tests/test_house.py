@@ -21,7 +21,7 @@ LAYERS = {
     "cli": ("router.cli", "router.__main__", "dlq", "events", "command"),
     "commands": ("serve", "demo", "trial", "operations", "reparse", "explain", "conservation"),
     "edge": ("edge",),
-    "app": ("router", "router.app"),
+    "app": ("router", "router.app", "database", "inbound"),
     "accept": ("accept",),
     "adapters": ("postgres", "delivery", "channels", "spool"),
     "policy": ("routing", "retry", "home_menu"),

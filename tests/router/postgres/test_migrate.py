@@ -10,7 +10,7 @@ import trio
 from postgres_kit import Database, PostgresServer, open_test_database, server
 
 from actors.errors import JournalUnavailable
-from router.app import migrate_database
+from router.database import migrate_database
 from router.postgres.migrate import Migration, MigrationError, migrate, shipped_migrations
 
 __all__ = ["server"]

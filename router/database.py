@@ -1,0 +1,86 @@
+"""The database of a configuration: started if it is ours, its schema brought up to date or looked at."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import trio
+
+from actors.errors import JournalUnavailable
+from router.config import Config
+from router.postgres.bridge import Bridge
+from router.postgres.connections import connect
+from router.postgres.embedded import EmbeddedPostgres
+from router.postgres.errors import TRANSIENT, describe
+from router.postgres.migrate import MigrationError, migrate, pending, shipped_migrations
+
+
+@asynccontextmanager
+async def open_database(
+    config: Config, *, report: Callable[[str], None] = lambda line: None
+) -> AsyncIterator[Callable[[], str]]:
+    """The database of a configuration, as a function that gives its connection string: DATABASE_URL, or
+    the embedded Postgres in `data_dir`, started when it does not run and stopped when nobody else
+    uses it.
+
+    Raises:
+        EmbeddedPostgresError: it cannot run here.
+    """
+    if config.database_url is not None:
+        url = config.database_url
+        yield lambda: url
+        return
+    postgres = EmbeddedPostgres(config.data_dir, report=report)
+    await postgres.start()
+    failure: Exception | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(postgres.watch)
+            try:
+                yield postgres.dsn
+            except Exception as error:
+                failure = error  # raised below as it is: a nursery would wrap it
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+    finally:
+        with trio.move_on_after(40) as stopping:
+            stopping.shield = True
+            await postgres.stop()
+
+
+async def migrate_database(bridge: Bridge, dsn: str, *, apply: bool) -> list[str]:
+    """Bring the schema up to date, or with `apply` false only see that it is.
+
+    Returns the names of what was applied.
+
+    Raises:
+        MigrationError: it is not up to date, or cannot be brought there.
+        JournalUnavailable: the database cannot be reached.
+    """
+    migrations = shipped_migrations()
+
+    async def work() -> list[str]:
+        try:
+            connection = await connect(dsn, name="migrate", statement_timeout=None)
+        except TRANSIENT as error:
+            raise JournalUnavailable(f"cannot connect to the database: {describe(error)}") from error
+        try:
+            if apply:
+                done = await migrate(connection, migrations)
+                return [f"{one.version:04}_{one.name}" for one in done]
+            missing = await pending(connection, migrations)
+            if missing:
+                raise MigrationError(
+                    f"the database lacks {len(missing)} migration(s), from "
+                    f"{missing[0].version:04}_{missing[0].name}; "
+                    "run `postroom migrate`, or serve with --migrate"
+                )
+            return []
+        except TRANSIENT as error:
+            raise JournalUnavailable(f"the schema could not be looked at: {describe(error)}") from error
+        finally:
+            connection.terminate()
+
+    return await bridge.run(work)
