@@ -21,6 +21,7 @@ from .ports import Clock, Outbox, ResendPolicy, Sender
 OpenSender = Callable[[], AbstractAsyncContextManager[Sender]]
 
 _OF_EACH = 8  # replies of one conversation that a lane sends before it takes another one
+_IN_HAND = 8  # conversations for each lane, with those whose attempts are being put on record
 _LOOK_EVERY = 30.0  # seconds at most: what nobody told of
 _LOOK_AGAIN = (
     1.0  # seconds until the next look while the lease is not known to be held, or the outbox is away
@@ -131,8 +132,10 @@ class Outbound:
         return self.breaker.probe_in() if self._may_attempt() else _LOOK_AGAIN
 
     def _room(self) -> int:
-        """For how many more conversations: two for each lane, none while the sender is left alone."""
-        return max(0, 2 * self._lanes - len(self._busy)) if self._breaker_wait() == 0.0 else 0
+        """For how many more conversations; none while the sender is left alone or lanes have next ones."""
+        if self._breaker_wait() != 0.0 or len(self._queue) >= self._lanes:
+            return 0
+        return max(0, _IN_HAND * self._lanes - len(self._busy))
 
     def _take_in(self, messages: list[OutboundMessage]) -> None:
         of: dict[str, list[OutboundMessage]] = {}
@@ -149,6 +152,8 @@ class Outbound:
                     await self._idle.park()
                     continue
                 messages = self._queue.popleft()
+                if len(self._queue) == self._lanes - 1:
+                    self._wake.set()
                 for message in messages:
                     if self._closing or not await self._send(sender, message):
                         break

@@ -33,7 +33,9 @@ class PostgresOutbox:
     async def unsent(self, *, conversations: int, of_each: int, busy: Sequence[str]) -> Unsent:
         now = self._clock()
         rows = await self._fetch("unsent", now, conversations, of_each, list(busy))
-        due: datetime | None = (await self._fetch("next_due", now))[0][0]
+        due: datetime | None = None
+        if len({row["session_key"] for row in rows}) < conversations:  # else there may be more to send now
+            due = (await self._fetch("next_due", now))[0][0]
         next_in = None if due is None else (due - now).total_seconds()
         return Unsent([_message(row) for row in rows], next_in)
 
