@@ -7,6 +7,7 @@ Imports nothing of the router: the judge shares no code with the judged. The bui
 from router.simulator import payloads
 from router.simulator.client import Answer, NotAnswered, WebhookClient
 from router.simulator.deliveries import Delivery, SentItem
+from router.simulator.graph import GraphEndpoint, GraphFaults, Refused, Taken
 from router.simulator.ledger import Ledger, Report
 from router.simulator.phones import Population
 from router.simulator.signing import signature
@@ -16,11 +17,15 @@ __all__ = [
     "Answer",
     "Client",
     "Delivery",
+    "GraphEndpoint",
+    "GraphFaults",
     "Ledger",
     "NotAnswered",
     "Population",
+    "Refused",
     "Report",
     "SentItem",
+    "Taken",
     "WebhookClient",
     "payloads",
     "run_traffic",

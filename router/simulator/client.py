@@ -12,6 +12,7 @@ from urllib.parse import urlencode, urlsplit
 
 import trio
 
+from router.simulator.fields import content_length, is_digits, parsed_fields
 from router.simulator.signing import SIGNATURE_HEADER, signature
 
 MAX_HEAD = 65_536
@@ -154,30 +155,22 @@ def _parsed_head(head: str) -> tuple[int, dict[str, str]]:
     first, *lines = head.split("\r\n")
     version, _, rest = first.partition(" ")
     code = rest[:3]
-    if version not in ("HTTP/1.1", "HTTP/1.0") or not _is_digits(code) or rest[3:4] not in ("", " "):
+    if version not in ("HTTP/1.1", "HTTP/1.0") or not is_digits(code) or rest[3:4] not in ("", " "):
         raise NotAnswered(f"not an HTTP/1 status line: {first[:80]!r}")
-    headers: dict[str, str] = {} if version == "HTTP/1.1" else {"connection": "close"}
-    for line in lines:
-        name, colon, value = line.partition(":")
-        name, value = name.lower(), value.strip(" \t")
-        if not colon or not name or name != name.strip():
-            raise NotAnswered(f"not a header line: {line[:80]!r}")
-        if name == "content-length" and headers.get(name, value) != value:
-            raise NotAnswered("two different Content-Length headers")
-        headers[name] = value
+    try:
+        headers = parsed_fields(lines)
+    except ValueError as wrong:
+        raise NotAnswered(str(wrong)) from wrong
+    if version == "HTTP/1.0":
+        headers.setdefault("connection", "close")
     return int(code), headers
 
 
 def _content_length(headers: Mapping[str, str]) -> int:
-    if "transfer-encoding" in headers:
-        raise NotAnswered("answer with a Transfer-Encoding")
-    value = headers.get("content-length")
-    if value is None:
+    try:
+        length = content_length(headers, MAX_ANSWER)
+    except ValueError as wrong:
+        raise NotAnswered(str(wrong)) from wrong
+    if length is None:
         raise NotAnswered("answer without a Content-Length")
-    if not _is_digits(value) or int(value) > MAX_ANSWER:
-        raise NotAnswered(f"Content-Length is {value[:80]!r}, at most {MAX_ANSWER} is taken")
-    return int(value)
-
-
-def _is_digits(text: str) -> bool:
-    return text.isascii() and text.isdigit()
+    return length
