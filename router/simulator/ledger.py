@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 
 from router.simulator.deliveries import MESSAGE, Delivery, SentItem
 from router.simulator.order import Arrival, judge_order
+from router.simulator.replies import Answered, Replies, RepliesJudgement
 
 SHOWN_PROBLEMS = 20
 
@@ -28,6 +29,10 @@ class Report:
     the deliveries after a message had been taken, and `longest_repeat` the most messages of one phone that
     were repeated in a row. `statuses` counts statuses each time they were sent. Percentiles are of complete
     answers, in milliseconds; 0.0 without any.
+
+    `replies` counts distinct replies of services that were taken by the Graph endpoint, `replies_refused`
+    those it refused for good, `reply_repeats` arrivals after the first, `longest_reply_repeat` the most of
+    one conversation in a row; `other_replies` counts texts that no service gave.
     """
 
     ok: bool
@@ -44,6 +49,11 @@ class Report:
     p50_ms: float
     p95_ms: float
     p99_ms: float
+    replies: int = 0
+    replies_refused: int = 0
+    reply_repeats: int = 0
+    longest_reply_repeat: int = 0
+    other_replies: int = 0
 
 
 @dataclass
@@ -79,6 +89,7 @@ class Ledger:
         self._sights: list[_Sight] = []
         self._statuses = 0
         self._latencies = array("d")
+        self._replies = Replies()
 
     def sent(self, delivery: Delivery) -> None:
         """`delivery` goes out now; to be called before each attempt of it."""
@@ -127,6 +138,22 @@ class Ledger:
         if accepted and message_id in self._entries:
             self._entries[message_id].taken_by.append(domain)
 
+    def replied(self, message_id: str, texts: Sequence[str]) -> None:
+        """The service answered `message_id` with these texts; to be called each time it answers.
+
+        No text may be that of another reply. Raises ValueError if one is, or is empty, or if the message was
+        answered with other texts before.
+        """
+        self._replies.replied(message_id, texts)
+
+    def reply_taken(self, phone_number_id: str, recipient: str, text: str) -> None:
+        """The Graph endpoint took `text` for `recipient`; to be called in the order in which it did."""
+        self._replies.heard(phone_number_id, recipient, text, refused=False)
+
+    def reply_refused(self, phone_number_id: str, recipient: str, text: str) -> None:
+        """The Graph endpoint refused `text` for good; in one order with what it took."""
+        self._replies.heard(phone_number_id, recipient, text, refused=True)
+
     def verify(
         self,
         *,
@@ -134,6 +161,9 @@ class Ledger:
         stored: Collection[str],
         allow_repeats: bool = False,
         repeat_bound: int | None = None,
+        replies: bool = False,
+        in_doubt: Iterable[str] = (),
+        is_router_text: Callable[[str], bool] | None = None,
     ) -> Report:
         """Judge everything recorded so far.
 
@@ -141,6 +171,12 @@ class Ledger:
         are the ids of those that are or ever were dead letters: for these alone, late and repeated delivery
         is in order. `allow_repeats` accepts what a crash may cause, a suffix of a conversation delivered
         again in order; of at most `repeat_bound` messages, if given.
+
+        With `replies`, the replies that services gave are judged as well: taken or refused for good, by the
+        phone that wrote, over its number, in the order of its messages, and again only as a suffix where
+        `allow_repeats` says so. `in_doubt` are texts whose sender may not have heard that they were taken:
+        each may come once more for each time that it is listed. A text that no service gave is a problem
+        if `is_router_text` is given and denies it.
         """
         stored, dead_letters = frozenset(stored), frozenset(dead_letters)
         problems = [
@@ -155,7 +191,25 @@ class Ledger:
             judged = judge_order(arrivals, allow_repeats=allow_repeats, repeat_bound=repeat_bound)
             problems += judged.problems
             longest = max(longest, judged.longest_repeat)
-        return self._report(problems, dead_letters, longest)
+        spoken = RepliesJudgement()
+        if replies:
+            spoken = self._replies.judge(
+                lambda message_id: self._answered(message_id, dead_letters),
+                self._lengths.keys(),
+                allow_repeats=allow_repeats,
+                in_doubt=in_doubt,
+                is_router_text=is_router_text,
+            )
+            problems += spoken.problems
+        return self._report(problems, dead_letters, longest, spoken)
+
+    def _answered(self, message_id: str, dead_letters: Collection[str]) -> Answered | None:
+        entry = self._entries.get(message_id)
+        if entry is None:
+            return None
+        domain = entry.item.domain
+        owed = bool(entry.taken_by) if domain is None else domain in entry.taken_by
+        return Answered(entry.conversation, entry.place, owed, message_id in dead_letters)
 
     def _conversations(self, dead_letters: Collection[str]) -> Iterable[list[Arrival]]:
         arrivals: dict[tuple[str, str], list[Arrival]] = {}
@@ -210,7 +264,13 @@ class Ledger:
             if owner_of.setdefault(key, message_id) != message_id:
                 yield f"{message_id} came with key {key}, which belongs to {owner_of[key]}"
 
-    def _report(self, problems: Sequence[str], dead_letters: Collection[str], longest: int) -> Report:
+    def _report(
+        self,
+        problems: Sequence[str],
+        dead_letters: Collection[str],
+        longest: int,
+        spoken: RepliesJudgement,
+    ) -> Report:
         entries = self._entries.values()
         domains = sorted({domain for entry in entries for domain in entry.taken_by})
         sent = sum(entry.times_sent for entry in entries)
@@ -230,6 +290,11 @@ class Ledger:
             p50_ms=_percentile_ms(latencies, 50),
             p95_ms=_percentile_ms(latencies, 95),
             p99_ms=_percentile_ms(latencies, 99),
+            replies=spoken.taken,
+            replies_refused=spoken.refused,
+            reply_repeats=spoken.repeats,
+            longest_reply_repeat=spoken.longest_repeat,
+            other_replies=spoken.others,
         )
 
 
