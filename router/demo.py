@@ -22,7 +22,7 @@ from rich.table import Table
 
 from actors.messages import Ack, Envelope, Outcome, Reply, Retry
 from router.app import Router, open_router
-from router.config import Config
+from router.config import Config, SenderConfig
 from router.conservation import Conservation, recount
 from router.delivery.in_process import HandlerFunction
 from router.edge.http1 import Listener
@@ -30,7 +30,7 @@ from router.postgres.bridge import open_bridge
 from router.postgres.connections import connect
 from router.postgres.embedded import EmbeddedPostgres
 from router.postgres.statements import statements
-from router.simulator import Ledger, Population, Report, run_traffic
+from router.simulator import GraphEndpoint, Ledger, Population, Report, Taken, run_traffic
 
 _SQL = statements("demo")
 
@@ -83,6 +83,7 @@ class Summary:
             f"duplicates     {self.conservation.duplicates} (sent {report.duplicates} messages again)",
             f"delivered      {delivered or 'nothing'}",
             f"dead letters   {report.dead_letters}",
+            f"replies        {report.replies}",
             f"ack            p50 {report.p50_ms:.1f} ms, p95 {report.p95_ms:.1f} ms, "
             f"p99 {report.p99_ms:.1f} ms",
             *(f"problem        {problem}" for problem in self.problems()),
@@ -100,7 +101,9 @@ def demo_services(ledger: Ledger, rng: Random) -> dict[str, HandlerFunction]:
             ledger.seen(domain, envelope.message_id or "", envelope.id, envelope.attempt, accepted=not failed)
             if failed:
                 return Retry(reason="the demo service failed on purpose")
-            return Ack((Reply(f"{domain} is on it"),))
+            text = f"{domain} is on it ({envelope.id[4:]})"
+            ledger.replied(envelope.message_id or "", [text])
+            return Ack((Reply(text),))
 
         return handle
 
@@ -132,8 +135,10 @@ async def run_demo(
     ledger = Ledger()
     population = Population(phones, NUMBERS, rng, TEXTS)
     secret = f"{rng.getrandbits(128):032x}"
-    async with _directory(data_dir) as directory:
-        config = Config.for_embedding(app_secret=secret, verify_token="demo", data_dir=directory, port=0)
+    async with _directory(data_dir) as directory, _phones(ledger, rng) as sender:
+        config = Config.for_embedding(
+            app_secret=secret, verify_token="demo", data_dir=directory, port=0, sender=sender
+        )
         listener = Listener(config.limits)
         port = listener.bind(config.host, config.port)
         url = f"http://{config.host}:{port}{config.apps[0].path}"
@@ -160,20 +165,30 @@ async def run_demo(
                     stop=stop,
                     settle=SETTLE_SECONDS,
                 )
-                settled = await _settle(router)
+                dsn = EmbeddedPostgres(directory).dsn()
+                settled = await _settle(router, dsn)
                 listener.drain()
                 nursery.cancel_scope.cancel()
-            dsn = EmbeddedPostgres(directory).dsn()
             if before_verdict is not None:
                 await before_verdict(dsn)
             return await _verdict(dsn, ledger, settled)
 
 
-async def _settle(router: Router) -> bool:
-    """Wait until nothing is undelivered."""
+async def _settle(router: Router, dsn: str) -> bool:
+    """Wait until nothing is undelivered, and no reply unsent."""
+
+    async def replies_left() -> int:
+        connection: asyncpg.Connection = await connect(dsn, name="demo")
+        try:
+            left: int = await connection.fetchval(_SQL["unsent"])
+            return left
+        finally:
+            await connection.close()
+
     with trio.move_on_after(SETTLE_SECONDS):
-        while router.statistics().undelivered:  # noqa: ASYNC110  # a count of many, not one event
-            await trio.sleep(0.05)
+        async with open_bridge() as bridge:
+            while router.statistics().undelivered or await bridge.run(replies_left):  # noqa: ASYNC110
+                await trio.sleep(0.05)
         return True
     return False
 
@@ -190,7 +205,7 @@ async def _verdict(dsn: str, ledger: Ledger, settled: bool) -> Summary:
 
     async with open_bridge() as bridge:
         conservation, stored, letters = await bridge.run(read)
-    report = ledger.verify(dead_letters=letters, stored=stored)
+    report = ledger.verify(dead_letters=letters, stored=stored, replies=True)
     return Summary(report, conservation, settled)
 
 
@@ -222,6 +237,7 @@ def _table(router: Router, ledger: Ledger) -> Table:
     table.add_row("duplicates found", str(statistics.ingress.duplicates))
     for domain, count in sorted(report.delivered.items()):
         table.add_row(f"delivered to {domain}", str(count))
+    table.add_row("replies read by phones", str(report.replies))
     table.add_row("undelivered now", str(statistics.undelivered))
     table.add_row("conversations live", str(statistics.live_sessions))
     table.add_row(
@@ -229,6 +245,27 @@ def _table(router: Router, ledger: Ledger) -> Table:
     )
     table.add_row("flushes", str(statistics.ingress.flushes))
     return table
+
+
+@asynccontextmanager
+async def _phones(ledger: Ledger, rng: Random) -> AsyncIterator[SenderConfig]:
+    """Where replies are sent: to the same phones."""
+
+    def taken(message: Taken) -> None:
+        ledger.reply_taken(message.phone_number_id, message.recipient, message.text)
+
+    token = f"{rng.getrandbits(128):032x}"
+    graph = GraphEndpoint(token=token, rng=rng, on_taken=taken)
+    async with trio.open_nursery() as nursery:
+        url: str = await nursery.start(graph.serve)
+        failure: Exception | None = None
+        try:
+            yield SenderConfig(url=url, token=token)
+        except Exception as error:
+            failure = error  # raised below as it is: a nursery would wrap it
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
 
 
 @asynccontextmanager

@@ -30,6 +30,7 @@ async def test_the_phones_and_the_router_agree(home: Path) -> None:
     assert summary.report.received > 100
     assert summary.report.duplicates > 0
     assert set(summary.report.delivered) == {"rides", "insurance"}
+    assert summary.report.replies == sum(summary.report.delivered.values())
     assert "conservation: ok" in summary.text()
 
 
@@ -71,6 +72,29 @@ async def test_a_delivery_that_was_suppressed_is_missed(home: Path) -> None:
     assert not summary.ok
     assert summary.conservation.ok
     assert any("neither taken by rides nor a dead letter" in problem for problem in summary.report.problems)
+
+
+def mute_services(ledger: Ledger, rng: Random) -> Mapping[str, HandlerFunction]:
+    """The demo's, but one reply of rides is withheld from the router."""
+    services = demo.demo_services(ledger, rng)
+    rides = services["rides"]
+    withheld: list[str] = []
+
+    async def handle(envelope: Envelope) -> Outcome:
+        outcome = await rides(envelope)
+        if not withheld:
+            withheld.append(envelope.id)
+            return Ack()
+        return outcome
+
+    return services | {"rides": handle}
+
+
+async def test_a_reply_that_is_not_sent_is_missed(home: Path) -> None:
+    summary = await run_demo(data_dir=home / "data", services=mute_services)
+    assert summary.conservation.ok
+    [problem] = summary.report.problems
+    assert "was given by its service but never sent" in problem
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,6 @@
+-- name: unsent
+SELECT count(*) FROM whatsapp_outbox WHERE status = 'pending';
+
 -- name: stored
 SELECT message_id FROM whatsapp_messages WHERE direction = 'inbound' AND message_id IS NOT NULL;
 
