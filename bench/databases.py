@@ -33,7 +33,7 @@ def find_postmaster(data_dir: Path) -> int | None:
 
 
 async def _fetch_value(dsn: str, query: str) -> Any:
-    # By key, also where nothing is known of the tables yet: a look that reads millions of rows, several times a
+    # By key, also where nothing is known of the tables yet: a look that reads millions of rows, many times a
     # second, would be what is measured.
     connection = await asyncpg.connect(dsn, server_settings=dict(BY_KEY))
     try:

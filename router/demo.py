@@ -230,7 +230,7 @@ async def _show(router: Router, ledger: Ledger) -> None:
 
 
 def _table(router: Router, ledger: Ledger) -> Table:
-    report = ledger.verify(dead_letters=(), stored=())
+    report = ledger.verify(dead_letters=(), stored=(), replies=True)
     statistics = router.statistics()
     table = Table(title="postroom demo", show_header=False, min_width=48)
     table.add_row("messages answered 200", str(report.received))
