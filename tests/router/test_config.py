@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tables import each
+from texts import texts
 
 from router.config import (
     AppConfig,
@@ -556,12 +557,12 @@ KEYS = st.sampled_from(
         "data_dir",
         "default",
     ]
-) | st.text(max_size=8)
+) | texts(max_size=8)
 LEAVES = (
     st.integers()
     | st.booleans()
     | st.floats()
-    | st.text(max_size=20)
+    | texts(max_size=20)
     | st.sampled_from(["rides", "menu", "A", "http://x", "http://[", "0", "\0"])
     | st.datetimes()
 )
@@ -576,7 +577,7 @@ TABLES = st.dictionaries(
 )
 ENVIRONMENTS = st.dictionaries(
     st.sampled_from([*ENV, "A", "DATABASE_URL", "SESSION_TTL_HOURS", "WHATSAPP_APP_SECRET_PREVIOUS"]),
-    st.text(max_size=30) | st.text(string.printable, max_size=30).map("postgresql://".__add__),
+    texts(max_size=30) | st.text(string.printable, max_size=30).map("postgresql://".__add__),
 )
 
 
@@ -594,7 +595,7 @@ def test_any_table_and_environment_is_read_or_refused(
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(raw=st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "replace")))
+@given(raw=st.binary(max_size=200) | texts(max_size=200).map(lambda text: text.encode("utf-8", "replace")))
 def test_any_bytes_are_read_or_refused(tmp_path: Path, raw: bytes) -> None:
     attempt(raw, tmp_path, ENV)
 

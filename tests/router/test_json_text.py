@@ -15,11 +15,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tables import each
+from texts import texts
 
 from router.json_text import MAX_NESTING, encode, is_storable, parse, storable
 
 TEXTS = st.one_of(
-    st.text(max_size=6),
+    texts(max_size=6),
     st.text(
         alphabet=[chr(92), "u", "0", "d", "8", "\0", "\ud83d", "\ude00", "😀", '"', "\ud800"], max_size=8
     ),

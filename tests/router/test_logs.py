@@ -21,12 +21,13 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 from tables import each
+from texts import patterns, texts
 
 from router.observe.logs import configure_logging, get_logger, mask_event
 from router.observe.masking import MASKED, format_exception, mask, mask_text
 
 SEPARATORS = ["", " ", "-", "\u2011", "\xa0", ") ", " - ", "\u200e"]
-PHONES = st.from_regex(r"[1-9][0-9]{6,14}", fullmatch=True)
+PHONES = patterns(r"[1-9][0-9]{6,14}")
 READABLE = ["timestamp", "port", "seq", "pid", "count", "elapsed_ms", "body_bytes"]
 
 
@@ -57,7 +58,7 @@ def strings_of(value: Any) -> Iterator[str]:
 AROUND = st.text(st.characters(exclude_categories=["Nd", "Cs"]), max_size=12)
 
 
-@given(phone=written_phones(), before=AROUND, after=AROUND, key=st.text(max_size=12))
+@given(phone=written_phones(), before=AROUND, after=AROUND, key=texts(max_size=12))
 def test_no_phone_number_survives_under_any_key(
     phone: tuple[str, str], before: str, after: str, key: str
 ) -> None:
@@ -69,14 +70,14 @@ def test_no_phone_number_survives_under_any_key(
         assert digits not in digits_of(shown)
 
 
-@given(number=st.integers(min_value=1_000_000, max_value=10**15), key=st.text(max_size=12))
+@given(number=st.integers(min_value=1_000_000, max_value=10**15), key=texts(max_size=12))
 def test_numbers_are_masked_except_under_the_keys_of_counts(number: int, key: str) -> None:
     assert str(number) not in json.dumps(mask({f"{key}_x": number, "deep": [number, -number]}))
     for readable in READABLE:
         assert mask({readable: number}) == {readable: number}
 
 
-@given(st.text() | st.text("0123456789 -+.:/abcdefABCDEF_[]*\"'=wsnamehotk\\", max_size=80))
+@given(texts() | st.text("0123456789 -+.:/abcdefABCDEF_[]*\"'=wsnamehotk\\", max_size=80))
 def test_masking_twice_changes_nothing_more(text: str) -> None:
     once = mask_text(text)
     assert mask_text(once) == once
@@ -87,16 +88,16 @@ VALUES = st.recursive(
     | st.booleans()
     | st.integers()
     | st.floats()
-    | st.text()
+    | texts()
     | st.binary()
     | st.uuids()
     | st.datetimes(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.integers(), inner) | st.tuples(inner),
+    lambda inner: st.lists(inner) | st.dictionaries(texts() | st.integers(), inner) | st.tuples(inner),
     max_leaves=10,
 )
 
 
-@given(st.dictionaries(st.text(), VALUES))
+@given(st.dictionaries(texts(), VALUES))
 def test_any_event_can_be_written_as_json(event: dict[str, Any]) -> None:
     json.dumps(mask(event))
 

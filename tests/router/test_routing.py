@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tables import each
+from texts import texts
 
 from actors.messages import Item, Session
 from actors.ports import Route
@@ -325,9 +326,9 @@ class TestHomeMenu:
 
 
 JSON = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8)),
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), texts(max_size=8)),
     lambda inner: st.one_of(
-        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)
+        st.lists(inner, max_size=3), st.dictionaries(texts(max_size=5), inner, max_size=3)
     ),
     max_leaves=5,
 )
@@ -352,9 +353,7 @@ ACTION_WORDS = [word for words in (MENU, HOME, EXIT) for listed in words.values(
 
 
 class TestAnything:
-    @given(
-        MESSAGES, ACTIVE, st.sampled_from(["menu", "ai_agents"]), st.one_of(st.none(), st.text(max_size=4))
-    )
+    @given(MESSAGES, ACTIVE, st.sampled_from(["menu", "ai_agents"]), st.one_of(st.none(), texts(max_size=4)))
     def test_every_message_is_decided_for_a_configured_domain(
         self, message: dict[str, Any], active: str | None, fallback: str, wa_id: str | None
     ) -> None:
@@ -365,7 +364,7 @@ class TestAnything:
         assert route.reason
         assert route.domain is None or (route.replies == () and not route.leave)
 
-    @given(st.text(max_size=60), ACTIVE)
+    @given(texts(max_size=60), ACTIVE)
     def test_every_text_too(self, text: str, active: str | None) -> None:
         route = decide(text, active)
         assert route.domain is None or route.domain in SERVICES
@@ -384,7 +383,7 @@ class TestAnything:
         assert route.rule in {"menu", "home", "exit"}
         assert route.leave
 
-    @given(st.text(max_size=40))
+    @given(texts(max_size=40))
     def test_folding_twice_changes_nothing(self, text: str) -> None:
         assert fold(fold(text)) == fold(text)
 

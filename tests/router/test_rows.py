@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from texts import UTF8
 
 from actors.messages import (
     Completion,
@@ -285,7 +286,7 @@ class TestCompletions:
         assert (arguments[9] is None) is (letter is not None)
         assert arguments[16:] == ["250", ['{"type":"text"}'], "pending"]
 
-    @given(st.text())
+    @given(st.text(UTF8))
     def test_text_is_what_postgres_takes(self, value: str) -> None:
         kept = rows.text(value)
         assert "\0" not in kept

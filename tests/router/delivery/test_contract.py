@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from tables import each
+from texts import patterns, texts
 
 from actors.messages import UNCHANGED, Ack, Envelope, Reply, Session, SessionChange
 from actors.ports import Unreadable
@@ -84,23 +85,23 @@ class TestBody:
     @given(
         st.builds(
             Envelope,
-            id=st.from_regex(r"msg_[0-9a-f]{32}(_r[1-9][0-9]?)?", fullmatch=True),
-            message_id=st.one_of(st.none(), st.text(min_size=1)),
+            id=patterns(r"msg_[0-9a-f]{32}(_r[1-9][0-9]?)?"),
+            message_id=st.one_of(st.none(), texts(min_size=1)),
             domain=st.sampled_from(["rides", "ai_agents"]),
             session=st.builds(
                 Session,
-                key=st.text(),
-                phone_number_id=st.text(),
-                wa_id=st.one_of(st.none(), st.text()),
-                user_id=st.one_of(st.none(), st.text()),
+                key=texts(),
+                phone_number_id=texts(),
+                wa_id=st.one_of(st.none(), texts()),
+                user_id=st.one_of(st.none(), texts()),
                 active_service=st.sampled_from([None, "jobs"]),
-                state=st.dictionaries(st.text(), st.floats(), max_size=2),
+                state=st.dictionaries(texts(), st.floats(), max_size=2),
                 version=st.integers(0, 2**62),
             ),
-            message=st.dictionaries(st.text(), st.one_of(st.text(), st.floats(), st.none()), max_size=3),
-            contact=st.one_of(st.none(), st.dictionaries(st.text(), st.text(), max_size=2)),
+            message=st.dictionaries(texts(), st.one_of(texts(), st.floats(), st.none()), max_size=3),
+            contact=st.one_of(st.none(), st.dictionaries(texts(), texts(), max_size=2)),
             received_at=st.datetimes(min_value=datetime(2020, 1, 1), timezones=st.just(UTC)),
-            correlation_id=st.from_regex(r"[A-Za-z0-9._:\-]{1,128}", fullmatch=True),
+            correlation_id=patterns(r"[A-Za-z0-9._:\-]{1,128}"),
             attempt=st.integers(1, 9),
             redelivered=st.booleans(),
             replay=st.booleans(),
