@@ -16,9 +16,15 @@ def tree_of(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"), str(file))
 
 
-def sources(*folders: str) -> list[Path]:
+@cache
+def nodes_of(file: Path) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(tree_of(file)))
+
+
+@cache
+def sources(*folders: str) -> tuple[Path, ...]:
     """The .py files in these top-level folders."""
-    return sorted(file for folder in folders for file in (ROOT / folder).rglob("*.py"))
+    return tuple(sorted(file for folder in folders for file in (ROOT / folder).rglob("*.py")))
 
 
 def module_of(file: Path) -> str:
@@ -54,7 +60,7 @@ def _imports(node: ast.AST, file: Path) -> Iterator[str]:
             for alias in child.names:
                 inner = f"{base}.{alias.name}"
                 yield inner if inner in modules() else base
-        else:
+        elif not isinstance(child, ast.expr):  # an expression holds no statement
             yield from _imports(child, file)
 
 

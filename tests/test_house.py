@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 import pytest
-from source_tree import PACKAGES, ROOT, imports_of, module_of, modules, sources, tree_of
+from source_tree import PACKAGES, ROOT, imports_of, module_of, modules, nodes_of, sources
 
 from router.cli import main
 
@@ -218,7 +218,7 @@ def test_every_file_opens_by_saying_what_belongs_in_it() -> None:
 def test_the_packages_neither_print_nor_block_nor_leave_things_to_do() -> None:
     for file in sources(*PACKAGES):
         assert "TODO" not in file.read_text(encoding="utf-8"), module_of(file)
-        for node in ast.walk(tree_of(file)):
+        for node in nodes_of(file):
             if isinstance(node, ast.Call):
                 assert ast.unparse(node.func) not in ("print", "time.sleep"), (
                     f"{module_of(file)}:{node.lineno}"
@@ -231,12 +231,12 @@ def test_the_packages_neither_print_nor_block_nor_leave_things_to_do() -> None:
 def test_python_holds_no_sql() -> None:
     statement = re.compile(r"\s*(SELECT|INSERT|UPDATE|DELETE|WITH|SET|CREATE|ALTER|DROP|TRUNCATE) \w")
     for file in sources(*PACKAGES):
-        for line, text in _strings(tree_of(file)):
+        for line, text in _strings(file):
             assert not statement.match(text), f"{module_of(file)}:{line}"
 
 
-def _strings(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    for node in ast.walk(tree):
+def _strings(file: Path) -> Iterator[tuple[int, str]]:
+    for node in nodes_of(file):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.lineno, node.value
 
