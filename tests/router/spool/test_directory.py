@@ -230,7 +230,7 @@ async def test_a_reader_that_waits_for_a_writer_that_fails_takes_nothing_else_aw
                         await spool.put("a")
 
                 nursery.start_soon(write)
-                await trio.to_thread.run_sync(began.wait)
+                assert await trio.to_thread.run_sync(began.wait, 10)
                 read: list[list[str]] = []
 
                 async def take() -> None:

@@ -47,6 +47,7 @@ class House:
         self.troubles: list[str] = []
         self.reached = True
         self.emptied: list[int] = []
+        self.in_trouble, self.empty_again = trio.Event(), trio.Event()
         self.spool = SpoolDirectory(root, max_bytes=1_000_000, report=lambda event, details: None)
         self.ingress = Ingress(
             self.journal,
@@ -61,10 +62,18 @@ class House:
             self.spool,
             self.ingress,
             split=self._split,
-            on_trouble=lambda error: self.troubles.append(str(error)),
-            on_emptied=self.emptied.append,
+            on_trouble=self._on_trouble,
+            on_emptied=self._on_emptied,
             retry_after=0.01,
         )
+
+    def _on_trouble(self, error: Exception) -> None:
+        self.troubles.append(str(error))
+        self.in_trouble.set()
+
+    def _on_emptied(self, brought: int) -> None:
+        self.emptied.append(brought)
+        self.empty_again.set()
 
     def _split(self, spooled: Spooled) -> Delivery | None:
         return self.said(spooled.body.decode()) if self.reached else None
@@ -78,6 +87,11 @@ class House:
         answers = Answers()
         await self.ingress.receive([self.said(name, answers) for name in names])
         return answers.given
+
+    async def tried(self) -> None:
+        """The unspooler has found that it cannot bring anything yet."""
+        with trio.fail_after(20):
+            await self.in_trouble.wait()
 
     async def settled(self) -> None:
         with trio.fail_after(20):
@@ -102,6 +116,7 @@ async def test_while_the_journal_is_away_everything_waits_in_order(tmp_path: Pat
         home.journal.away = True
         assert await home.say("b", "c") == [True, True]
         assert await home.say("d") == [True]
+        await home.tried()
         assert home.journal.texts == ["a"]
         home.journal.away = False
         await home.settled()
@@ -109,6 +124,8 @@ async def test_while_the_journal_is_away_everything_waits_in_order(tmp_path: Pat
         assert home.journal.texts == list("abcde")
         assert [item.message["text"]["body"] for item in home.fed] == list("abcde")
         assert home.ingress.statistics.spooled == 3
+        with trio.fail_after(20):  # the last file is removed after the spool is empty, and said after that
+            await home.empty_again.wait()
         assert (home.troubles, home.emptied) == (["away"], [3])
 
 
@@ -182,7 +199,7 @@ async def test_before_the_database_was_reached_nothing_is_split(tmp_path: Path) 
         await home.ingress.receive([unsplit])
         assert answers.given == [True]
         await home.say("b")
-        await trio.sleep(0.05)
+        await home.tried()
         assert home.journal.texts == []
         home.reached = True
         await home.settled()
