@@ -6,7 +6,8 @@ Imports nothing of the router: the judge shares no code with the judged. The bui
 
 from router.simulator import payloads
 from router.simulator.client import Answer, NotAnswered, WebhookClient
-from router.simulator.deliveries import Delivery, SentItem
+from router.simulator.deliveries import Delivery, Manner, SentItem
+from router.simulator.faults import Faults
 from router.simulator.graph import GraphEndpoint, GraphFaults, Refused, Taken
 from router.simulator.ledger import Ledger, Report
 from router.simulator.phones import Population
@@ -17,9 +18,11 @@ __all__ = [
     "Answer",
     "Client",
     "Delivery",
+    "Faults",
     "GraphEndpoint",
     "GraphFaults",
     "Ledger",
+    "Manner",
     "NotAnswered",
     "Population",
     "Refused",

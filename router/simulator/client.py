@@ -12,6 +12,7 @@ from urllib.parse import urlencode, urlsplit
 
 import trio
 
+from router.simulator.deliveries import OTHER_BYTES, OTHER_SECRET, PLAIN, UNSIGNED, Manner
 from router.simulator.fields import content_length, is_digits, parsed_fields
 from router.simulator.signing import SIGNATURE_HEADER, signature
 
@@ -60,21 +61,32 @@ class WebhookClient:
     def __repr__(self) -> str:
         return f"WebhookClient(http://{self._authority}{self._path})"
 
-    async def post(self, body: bytes, *, headers: Iterable[tuple[str, str]] = ()) -> Answer:
-        """Post `body`, signed; `headers` are added, and may replace the signature. Raises NotAnswered."""
+    async def post(
+        self, body: bytes, *, headers: Iterable[tuple[str, str]] = (), manner: Manner = PLAIN
+    ) -> Answer:
+        """Post `body` in this `manner`; `headers` are added, and may replace the signature.
+
+        Raises:
+            NotAnswered: always, if the manner is to hang up.
+        """
         lines = list(headers)
         named = {name.lower() for name, _ in lines}
-        if SIGNATURE_HEADER.lower() not in named:
-            lines.append((SIGNATURE_HEADER, signature(self._secret, body)))
+        if SIGNATURE_HEADER.lower() not in named and manner.forgery != UNSIGNED:
+            lines.append((SIGNATURE_HEADER, self._signature(body, manner.forgery)))
         if "content-type" not in named:
             lines.append(("Content-Type", "application/json"))
         lines.append(("Content-Length", str(len(body))))
-        return await self._exchange("POST", self._query, lines, body)
+        return await self._exchange("POST", self._query, lines, body, manner)
+
+    def _signature(self, body: bytes, forgery: str | None) -> str:
+        if forgery == OTHER_SECRET:
+            return signature(self._secret[::-1] + "?", body)
+        return signature(self._secret, body + b" " if forgery == OTHER_BYTES else body)
 
     async def get(self, query: Mapping[str, str]) -> Answer:
         """GET the URL with `query` behind it, as the handshake does. Raises NotAnswered."""
         joined = "&".join(part for part in (self._query, urlencode(query)) if part)
-        return await self._exchange("GET", joined, [], b"")
+        return await self._exchange("GET", joined, [], b"", PLAIN)
 
     def close(self) -> None:
         """Close the connection, if one is open; the client can be used again."""
@@ -83,7 +95,9 @@ class WebhookClient:
             self._connection = None
         self._received.clear()
 
-    async def _exchange(self, method: str, query: str, headers: list[tuple[str, str]], body: bytes) -> Answer:
+    async def _exchange(
+        self, method: str, query: str, headers: list[tuple[str, str]], body: bytes, manner: Manner
+    ) -> Answer:
         if self._exchanging:
             raise trio.BusyResourceError("one exchange at a time: use a client per task")
         target = f"{self._path}?{query}" if query else self._path
@@ -96,7 +110,7 @@ class WebhookClient:
         try:
             with trio.fail_after(self._timeout):
                 connection = await self._connected()
-                await connection.send_all(request)
+                await _send(connection, request, manner)
                 answer = await self._answer(connection, started)
             return answer
         except trio.TooSlowError:
@@ -149,6 +163,19 @@ class WebhookClient:
             heard = "within" if self._received else "before"
             raise NotAnswered(f"connection closed {heard} the answer")
         self._received += chunk
+
+
+async def _send(connection: trio.SocketStream, request: bytes, manner: Manner) -> None:
+    size = -(-len(request) // manner.pieces)
+    pieces = [request[at : at + size] for at in range(0, len(request), size)]
+    if manner.hang_up and len(pieces) > 1:
+        del pieces[-1]
+    for number, piece in enumerate(pieces):
+        if number:
+            await trio.sleep(manner.pause)
+        await connection.send_all(piece)
+    if manner.hang_up:
+        raise NotAnswered("hung up without waiting for the answer")
 
 
 def _parsed_head(head: str) -> tuple[int, dict[str, str]]:

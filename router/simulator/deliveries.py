@@ -1,4 +1,4 @@
-"""The values that pass between phones, traffic and ledger: what one webhook body holds. No behaviour."""
+"""The values that pass between phones, traffic and ledger: what a webhook body holds, and how it is sent."""
 
 from __future__ import annotations
 
@@ -6,6 +6,29 @@ from dataclasses import dataclass, field
 
 MESSAGE = "message"
 STATUS = "status"
+
+UNSIGNED = "unsigned"
+OTHER_SECRET = "other_secret"
+OTHER_BYTES = "other_bytes"
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How a body is posted.
+
+    `forgery` is None for a body that is rightly signed, else "unsigned", "other_secret" or "other_bytes": no
+    signature, one with another secret, one of other bytes. The request leaves in `pieces` with `pause`
+    seconds between them. With `hang_up` the connection is closed instead of waiting for the answer; with
+    several pieces, instead of sending the last one.
+    """
+
+    forgery: str | None = None
+    pieces: int = 1
+    pause: float = 0.0
+    hang_up: bool = False
+
+
+PLAIN = Manner()
 
 
 @dataclass(frozen=True)
@@ -33,7 +56,9 @@ class Delivery:
     """One webhook body and its items, in the order in which they stand in it.
 
     `serial` is the same each time the same delivery is attempted; `attempt` counts from 1. `duplicate` says
-    that messages were put in deliberately which an earlier delivery has carried.
+    that messages were put in deliberately which an earlier delivery has carried. `twin` says that the body is
+    posted on two connections at the same moment. `malformed` are the ids of messages in the body that nobody
+    can deliver, for want of a sender; they are no items.
     """
 
     serial: int
@@ -41,3 +66,10 @@ class Delivery:
     items: tuple[SentItem, ...]
     attempt: int = 1
     duplicate: bool = False
+    twin: bool = False
+    manner: Manner = PLAIN
+    malformed: tuple[str, ...] = field(default=(), repr=False)
+
+    @property
+    def forged(self) -> bool:
+        return self.manner.forgery is not None

@@ -32,7 +32,8 @@ class Report:
 
     `replies` counts distinct replies of services that were taken by the Graph endpoint, `replies_refused`
     those it refused for good, `reply_repeats` arrivals after the first, `longest_reply_repeat` the most of
-    one conversation in a row; `other_replies` counts texts that no service gave.
+    one conversation in a row; `other_replies` counts texts that no service gave. `forged` counts bodies that
+    were posted without being Meta's, which count nowhere else.
     """
 
     ok: bool
@@ -54,6 +55,7 @@ class Report:
     reply_repeats: int = 0
     longest_reply_repeat: int = 0
     other_replies: int = 0
+    forged: int = 0
 
 
 @dataclass
@@ -85,6 +87,9 @@ class Ledger:
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
         self._other_ids: set[str] = set()
+        self._forged_ids: set[str] = set()
+        self._forged = 0
+        self._believed: list[str] = []
         self._lengths: Counter[tuple[str, str]] = Counter()
         self._sights: list[_Sight] = []
         self._statuses = 0
@@ -92,7 +97,12 @@ class Ledger:
         self._replies = Replies()
 
     def sent(self, delivery: Delivery) -> None:
-        """`delivery` goes out now; to be called before each attempt of it."""
+        """`delivery` goes out now; to be called before each attempt of it, and for each of two twins."""
+        if delivery.forged:
+            self._forged_ids.update(item.message_id for item in delivery.items)
+            self._forged += 1
+            return
+        self._other_ids.update(delivery.malformed)
         for item in delivery.items:
             if item.kind != MESSAGE:
                 self._statuses += 1
@@ -108,6 +118,10 @@ class Ledger:
 
     def answered(self, delivery: Delivery, status: int | None, seconds: float | None) -> None:
         """The attempt was answered `status` after `seconds`; both None when no complete answer came."""
+        if delivery.forged:
+            if status not in (None, 401):
+                self._believed.append(f"a forged body ({delivery.manner.forgery}) was answered {status}")
+            return
         if seconds is not None:
             self._latencies.append(seconds)
         if status != 200:
@@ -180,6 +194,7 @@ class Ledger:
         """
         stored, dead_letters = frozenset(stored), frozenset(dead_letters)
         problems = [
+            *self._believed,
             *self._unknown("stored", stored),
             *self._unknown("a dead letter", dead_letters),
             *self._lost(dead_letters, stored),
@@ -223,7 +238,10 @@ class Ledger:
     def _unknown(self, claim: str, message_ids: Iterable[str]) -> Iterator[str]:
         for message_id in sorted(message_ids):
             if message_id not in self._entries and message_id not in self._other_ids:
-                yield f"{message_id} is {claim} but was never sent"
+                yield f"{message_id} is {claim} but was {self._absence(message_id)}"
+
+    def _absence(self, message_id: str) -> str:
+        return "only forged" if message_id in self._forged_ids else "never sent"
 
     def _lost(self, dead_letters: Collection[str], stored: Collection[str]) -> Iterator[str]:
         for message_id, entry in self._entries.items():
@@ -242,7 +260,8 @@ class Ledger:
             entry = self._entries.get(sight.message_id)
             if entry is None:
                 known = sight.message_id in self._other_ids
-                yield f"{named} was delivered but {'is no message' if known else 'was never sent'}"
+                missing = "is no message" if known else f"was {self._absence(sight.message_id)}"
+                yield f"{named} was delivered but {missing}"
                 continue
             item = entry.item
             if item.domain not in (None, sight.domain):
@@ -295,6 +314,7 @@ class Ledger:
             reply_repeats=spoken.repeats,
             longest_reply_repeat=spoken.longest_repeat,
             other_replies=spoken.others,
+            forged=self._forged,
         )
 
 

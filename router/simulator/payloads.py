@@ -181,6 +181,18 @@ def future_message(head: Head, type: str = "hologram") -> Json:
     return message(head, type, {type: {"frames": [1, 2.5, None, {"depth": []}], "loop": True}})
 
 
+def text_of(message: Mapping[str, object]) -> str:
+    """What a person reads in a message of any type: its body, its caption or its title; empty without one."""
+    kind = message.get("type")
+    content = message.get(kind) if isinstance(kind, str) else None
+    if isinstance(content, Mapping) and kind == "interactive":
+        content = content.get(content.get("type"))
+    if not isinstance(content, Mapping):
+        return ""
+    words = (content.get(name) for name in ("body", "caption", "title", "text"))
+    return next((word for word in words if isinstance(word, str)), "")
+
+
 def error(code: int, title: str, details: str) -> Json:
     return {"code": code, "title": title, "message": title, "error_data": {"details": details}}
 
@@ -214,17 +226,25 @@ def change(
     phone_number_id: str,
     display_number: str,
     *,
-    messages: Sequence[Json] = (),
+    messages: Sequence[object] = (),
     contacts: Sequence[Json] = (),
-    statuses: Sequence[Json] = (),
+    statuses: Sequence[object] = (),
     errors: Sequence[Json] = (),
 ) -> Json:
-    """A change of the field `messages` for one business number; empty lists are left out, as Meta does."""
+    """A change of the field `messages` for one business number; empty lists are left out, as Meta does.
+
+    Malformed messages and statuses may be anything that JSON can say.
+    """
     value: Json = {
         "messaging_product": "whatsapp",
         "metadata": {"display_phone_number": display_number, "phone_number_id": phone_number_id},
     }
-    listed = {"contacts": contacts, "messages": messages, "statuses": statuses, "errors": errors}
+    listed: dict[str, Sequence[object]] = {
+        "contacts": contacts,
+        "messages": messages,
+        "statuses": statuses,
+        "errors": errors,
+    }
     value |= {name: list(items) for name, items in listed.items() if items}
     return {"value": value, "field": "messages"}
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import inf
 from typing import Protocol
 
 import trio
 
 from router.simulator.client import Answer, NotAnswered, WebhookClient
-from router.simulator.deliveries import Delivery
+from router.simulator.deliveries import PLAIN, Delivery, Manner
 from router.simulator.ledger import Ledger
 from router.simulator.phones import Population
 
@@ -18,9 +19,11 @@ CATCH_UP = 1.0
 
 
 class Client(Protocol):
-    """One connection, as `WebhookClient` is one; `post` raises NotAnswered."""
+    """One connection, as `WebhookClient` is one; `post` raises NotAnswered. It is told a manner only where
+    that is not the plain one, so only a population with faults needs it.
+    """
 
-    async def post(self, body: bytes) -> Answer: ...
+    async def post(self, body: bytes, *, manner: Manner = PLAIN) -> Answer: ...
 
     def close(self) -> None: ...
 
@@ -44,6 +47,8 @@ async def run_traffic(
 
     With `rate`, that many deliveries per second leave on a schedule that answers do not slow down, as long as
     one of `connections` is free; without, each connection sends its next delivery when the last was answered.
+    A twin leaves on a further connection, at the same moment as the other one; both are one delivery, and it
+    is answered 200 when one of them is.
     The population must run on trio's clock, which it does unless told otherwise.
     """
     if connections < 1 or (rate is not None and rate <= 0):
@@ -51,7 +56,7 @@ async def run_traffic(
     traffic = _Traffic(population, ledger, rate)
     async with trio.open_nursery() as nursery:
         for _ in range(connections):
-            nursery.start_soon(traffic.carry, open_client(url, secret))
+            nursery.start_soon(traffic.carry, partial(open_client, url, secret))
         if isinstance(stop, trio.Event):
             await stop.wait()
         else:
@@ -76,16 +81,20 @@ class _Traffic:
         """Give out nothing new from now on."""
         self._stopping.set()
 
-    async def carry(self, client: Client) -> None:
-        """Be one connection until nothing is left to do."""
+    async def carry(self, open_client: Callable[[], Client]) -> None:
+        """Be one connection, and one more for twins, until nothing is left to do."""
+        clients = [open_client()]
         try:
             while True:
                 delivery = await self._next()
                 if delivery is None:
                     return
-                await self._exchange(client, delivery)
+                if delivery.twin and len(clients) == 1:
+                    clients.append(open_client())
+                await self._exchange(clients if delivery.twin else clients[:1], delivery)
         finally:
-            client.close()
+            for client in clients:
+                client.close()
 
     async def _next(self) -> Delivery | None:
         await self._turn()
@@ -110,15 +119,30 @@ class _Traffic:
         with trio.move_on_at(turn):
             await self._stopping.wait()
 
-    async def _exchange(self, client: Client, delivery: Delivery) -> None:
+    async def _exchange(self, clients: Sequence[Client], delivery: Delivery) -> None:
+        statuses: list[int | None] = []
+        try:
+            if len(clients) == 1:
+                await self._post(clients[0], delivery, statuses)
+            else:
+                async with trio.open_nursery() as nursery:
+                    for client in clients:
+                        nursery.start_soon(self._post, client, delivery, statuses)
+        finally:
+            self._population.answered(delivery, 200 if 200 in statuses else next(iter(statuses), None))
+            self._idle.unpark_all()
+
+    async def _post(self, client: Client, delivery: Delivery, statuses: list[int | None]) -> None:
         status, seconds = None, None
         self._ledger.sent(delivery)
         try:
-            answer = await client.post(delivery.body)
+            if delivery.manner == PLAIN:
+                answer = await client.post(delivery.body)
+            else:
+                answer = await client.post(delivery.body, manner=delivery.manner)
             status, seconds = answer.status, answer.seconds
         except NotAnswered:
             pass
         finally:
-            self._population.answered(delivery, status)
+            statuses.append(status)
             self._ledger.answered(delivery, status, seconds)
-            self._idle.unpark_all()

@@ -11,7 +11,7 @@ import trio
 import trio.testing
 from tables import each
 
-from router.simulator import NotAnswered, WebhookClient, signature
+from router.simulator import Manner, NotAnswered, WebhookClient, signature
 
 SECRET = "app secret"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -119,6 +119,42 @@ async def test_added_headers_may_replace_the_signature() -> None:
     assert "X-Other: 1" in head
     assert SECRET not in head
     assert head.lower().count("x-hub-signature-256") == 1
+
+
+@each("forgery", ["unsigned", "other_secret", "other_bytes"])
+async def test_a_forged_body_bears_no_valid_signature(forgery: str) -> None:
+    async with serving(always(OK)) as server:
+        client = WebhookClient(server.url, SECRET)
+        await client.post(b"{}", manner=Manner(forgery=forgery))
+        client.close()
+    ((head, body),) = server.requests
+    assert body == b"{}"
+    assert ("X-Hub-Signature-256: sha256=" in head) == (forgery != "unsigned")
+    assert signature(SECRET, b"{}") not in head
+
+
+async def test_a_slow_sender_sends_the_same_in_pieces(autojump_clock: trio.testing.MockClock) -> None:
+    autojump_clock.autojump_threshold = 0.02  # leaves loopback the time to answer
+    body = bytes(range(256)) * 9
+    async with serving(always(OK)) as server:
+        client = WebhookClient(server.url, SECRET)
+        answer = await client.post(body, manner=Manner(pieces=4, pause=0.5))
+        client.close()
+    assert [received for _, received in server.requests] == [body]
+    assert answer.seconds == pytest.approx(1.5)
+
+
+@each(("pieces", "arrives"), [(1, True), (3, False)])
+async def test_who_hangs_up_gets_no_answer_and_connects_anew(pieces: int, arrives: bool) -> None:
+    async with serving(always(OK)) as server:
+        client = WebhookClient(server.url, SECRET)
+        with pytest.raises(NotAnswered, match="hung up"):
+            await client.post(b'{"a":1}', manner=Manner(pieces=pieces, hang_up=True))
+        assert (await client.post(b'{"b":2}')).status == 200
+        client.close()
+        await trio.testing.wait_all_tasks_blocked(0.001)
+    assert server.connections == 2
+    assert (b'{"a":1}' in [body for _, body in server.requests]) == arrives
 
 
 async def test_a_get_carries_its_query_and_no_signature() -> None:

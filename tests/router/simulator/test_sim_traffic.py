@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
@@ -12,7 +13,8 @@ import pytest
 import trio
 import trio.testing
 
-from router.simulator import Answer, Ledger, NotAnswered, Population, run_traffic
+from router.simulator import Answer, Faults, Ledger, Manner, NotAnswered, Population, run_traffic
+from router.simulator.deliveries import PLAIN
 
 NUMBERS = ("1001", "1002")
 TEXTS = {"rides": ["taxi"], "insurance": ["insurance"]}
@@ -31,13 +33,21 @@ class Router:
     kept: dict[str, str] = field(default_factory=dict)
     domains: dict[str, str] = field(default_factory=dict)
     posts: list[float] = field(default_factory=list)
+    credulous: bool = False
+    flying: Counter[bytes] = field(default_factory=Counter)
+    together: int = 0
+    closed: int = 0
     busy: int = 0
     busiest: int = 0
 
-    async def post(self, body: bytes) -> Answer:
+    async def post(self, body: bytes, *, manner: Manner = PLAIN) -> Answer:
+        if manner.forgery and not self.credulous:
+            return Answer(401, {}, b"", self.pause)
         self.posts.append(trio.current_time())
         self.busy += 1
         self.busiest = max(self.busy, self.busiest)
+        self.together += self.flying[body] == 1
+        self.flying[body] += 1
         try:
             await trio.sleep(self.pause * self.rng.random() * 2)
             draw = self.rng.random()
@@ -45,24 +55,26 @@ class Router:
                 return Answer(503, {}, b"", 0.5)
             if draw >= self.failing or draw < self.failing * 2 / 3:
                 self.keep(body)
-            if draw < self.failing:
+            if draw < self.failing or manner.hang_up:
                 raise NotAnswered("gone")
             return Answer(200, {}, b"", self.pause)
         finally:
             self.busy -= 1
+            self.flying[body] -= 1
 
     def close(self) -> None:
-        pass
+        self.closed += 1
 
     def keep(self, body: bytes) -> None:
         for entry in json.loads(body)["entry"]:
             for change in entry["changes"]:
                 for one in change["value"].get("messages", []):
-                    self.take(one)
+                    if isinstance(one, dict) and one.get("from") and isinstance(one.get("id"), str):
+                        self.take(one)
 
     def take(self, message: dict[str, Any]) -> None:
         message_id, sender = message["id"], message["from"]
-        if message_id in self.kept:
+        if message_id in self.kept or not message_id:
             return
         self.kept[message_id] = sender
         if self.forgetful and sender in self.domains:
@@ -148,7 +160,7 @@ async def test_after_a_stall_one_second_of_the_schedule_is_made_up_for(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     class Stalling(Router):
-        async def post(self, body: bytes) -> Answer:
+        async def post(self, body: bytes, *, manner: Manner = PLAIN) -> Answer:
             if not self.posts:
                 self.posts.append(trio.current_time())
                 await trio.sleep(5.0)
@@ -190,6 +202,57 @@ async def test_what_a_run_gave_up_the_next_one_carries(autojump_clock: trio.test
     assert left == phones.unanswered == 8
     router.pause = 0.01
     assert await run(router, phones, stop=0.5, settle=60.0) == 0
+    assert router.ledger.verify(dead_letters=(), stored=router.kept).ok
+
+
+async def test_with_every_fault_at_once_a_right_router_passes(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    router = Router(Random(3), Ledger(), failing=0.2)
+    phones = population(60, 3, kinds="all", other_share=0.2, faults=Faults.everything())
+    assert await run(router, phones, stop=1.0, settle=600.0) == 0
+    report = router.ledger.verify(dead_letters=(), stored=router.kept)
+    assert report.problems == ()
+    assert report.received == report.distinct == len(router.kept) > 100
+    assert report.forged > 3
+    assert router.together > 3
+
+
+async def test_a_router_that_believes_forged_bodies_is_found(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    router = Router(Random(3), Ledger(), credulous=True)
+    await run(router, population(faults=Faults(forged=0.03)), stop=0.2)
+    problems = router.ledger.verify(dead_letters=(), stored=router.kept).problems
+    assert any(problem.startswith("a forged body") for problem in problems)
+    assert any("is stored but was only forged" in problem for problem in problems)
+
+
+async def test_twins_are_in_flight_together_even_with_one_connection(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    router = Router(Random(1), Ledger())
+    phones = population(duplicate_share=0.0, faults=Faults(twins=1.0))
+    assert await run(router, phones, stop=0.3, connections=1) == 0
+    assert router.busiest == 2
+    assert router.together == len(router.posts) / 2 > 10
+    assert router.closed == 2
+    report = router.ledger.verify(dead_letters=(), stored=router.kept)
+    assert report.ok
+    assert report.duplicates == report.distinct == report.received > 10
+
+
+async def test_a_twin_is_answered_200_when_one_of_both_is(autojump_clock: trio.testing.MockClock) -> None:
+    class Hesitant(Router):
+        async def post(self, body: bytes, *, manner: Manner = PLAIN) -> Answer:
+            answer = await super().post(body, manner=manner)
+            if len(self.posts) % 2:
+                return answer
+            raise NotAnswered("the second of two")
+
+    router = Hesitant(Random(1), Ledger(), pause=0.0)
+    phones = population(duplicate_share=0.0, status_share=0.0, faults=Faults(twins=1.0))
+    assert await run(router, phones, stop=0.0, connections=1, settle=5.0) == 0
     assert router.ledger.verify(dead_letters=(), stored=router.kept).ok
 
 
