@@ -135,7 +135,7 @@ async def run_demo(
     ledger = Ledger()
     population = Population(phones, NUMBERS, rng, TEXTS)
     secret = f"{rng.getrandbits(128):032x}"
-    async with _directory(data_dir) as directory, _phones(ledger, rng) as sender:
+    async with _directory(data_dir) as directory, _phones(ledger, population, rng) as sender:
         config = Config.for_embedding(
             app_secret=secret, verify_token="demo", data_dir=directory, port=0, sender=sender
         )
@@ -248,11 +248,12 @@ def _table(router: Router, ledger: Ledger) -> Table:
 
 
 @asynccontextmanager
-async def _phones(ledger: Ledger, rng: Random) -> AsyncIterator[SenderConfig]:
-    """Where replies are sent: to the same phones."""
+async def _phones(ledger: Ledger, population: Population, rng: Random) -> AsyncIterator[SenderConfig]:
+    """Where replies are sent: to the same phones, which report how far each message came."""
 
     def taken(message: Taken) -> None:
         ledger.reply_taken(message.phone_number_id, message.recipient, message.text)
+        population.took(message.message_id, message.phone_number_id, message.recipient)
 
     token = f"{rng.getrandbits(128):032x}"
     graph = GraphEndpoint(token=token, rng=rng, on_taken=taken)

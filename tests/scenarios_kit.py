@@ -32,7 +32,8 @@ import trio
 from router.conservation import Conservation, recount
 from router.postgres.embedded import EmbeddedPostgres
 from router.postgres.postmaster import find_postmaster
-from router.simulator import Ledger, Population, Report, WebhookClient, payloads, run_traffic
+from router.simulator import Faults, Ledger, Population, Report, WebhookClient, payloads, run_traffic
+from router.simulator.deliveries import PLAIN, Manner
 
 SECRET = "0123456789abcdef0123456789abcdef"
 VERIFY_TOKEN = "scenario"
@@ -304,7 +305,7 @@ class Sight:
 
     @property
     def text(self) -> str:
-        return text_of(self.body["message"])
+        return payloads.text_of(self.body["message"])
 
 
 @dataclass(frozen=True)
@@ -411,15 +412,6 @@ async def _request(
     return first.split(" ")[1], headers, body
 
 
-def text_of(message: Mapping[str, Any]) -> str:
-    """The body, caption or title of a message as the phones write them."""
-    kind = str(message["type"])
-    content = message.get(kind, {})
-    if kind == "interactive":
-        return str(content[content["type"]]["title"])
-    return str(content.get("body", content.get("caption", "")))
-
-
 def write_config(home: Path, services: Services, more: str = "", **settings: Mapping[str, int | str]) -> Path:
     """A postroom.toml with the services of `TEXTS`, each with its own `settings`."""
     tables = []
@@ -475,17 +467,32 @@ async def post(url: str, body: bytes) -> int:
 
 class Load:
     """A population that writes until `stop`, to wherever `url` says at the moment; not answered 200, it
-    sends again."""
+    sends again. With `faults` it writes messages of all kinds."""
 
     def __init__(
-        self, ledger: Ledger, *, seed: int, phones: int = 60, rate: float = 150.0, connections: int = 32
+        self,
+        ledger: Ledger,
+        *,
+        seed: int,
+        phones: int = 60,
+        rate: float = 150.0,
+        connections: int = 32,
+        faults: Faults | None = None,
     ) -> None:
         self.urls: list[str] = []
         self._ledger = ledger
         self._rate = rate
         self._connections = connections
-        self._population = Population(
-            phones, NUMBERS, Random(seed), TEXTS, unnumbered_share=0.05, longest_pause=0.5
+        self.population = Population(
+            phones,
+            NUMBERS,
+            Random(seed),
+            TEXTS,
+            unnumbered_share=0.05,
+            longest_pause=0.5,
+            kinds=0.0 if faults is None else "all",
+            other_share=0.0 if faults is None else 0.05,
+            faults=faults,
         )
         self._stop = trio.Event()
         self._going = trio.Event()
@@ -495,7 +502,7 @@ class Load:
 
     async def run(self) -> None:
         self.unanswered = await run_traffic(
-            self._population,
+            self.population,
             self._ledger,
             "",
             SECRET,
@@ -533,13 +540,13 @@ class _Moving:
         self._url = ""
         self._client: WebhookClient | None = None
 
-    async def post(self, body: bytes) -> Any:
+    async def post(self, body: bytes, *, manner: Manner = PLAIN) -> Any:
         await self._load.next_turn()
         url = self._load.next_url()
         if self._client is None or url != self._url:
             self.close()
             self._url, self._client = url, WebhookClient(url, SECRET, timeout=15)
-        return await self._client.post(body)
+        return await self._client.post(body, manner=manner)
 
     def close(self) -> None:
         if self._client is not None:
@@ -556,8 +563,11 @@ async def caught_up(load: Load, database: Database) -> None:
 # The verdict
 
 
-async def verdict(database: Database, services: Services) -> Report:
-    """Everything answered 200 is where it belongs, by the sender's ledger, the journal and the recount."""
+async def verdict(
+    database: Database, services: Services, *, replies: bool = False, in_doubt: Sequence[str] = ()
+) -> Report:
+    """Everything answered 200 is where it belongs, by the sender's ledger, the journal and the recount; with
+    `replies`, these too."""
     conservation = await database.recount()
     assert conservation.ok, conservation.problems
     journal = await database.fetch(
@@ -566,7 +576,11 @@ async def verdict(database: Database, services: Services) -> Report:
     )
     letters = {row["message_id"] for row in await database.fetch("SELECT message_id FROM webhook_dlq")}
     report = services.ledger.verify(
-        dead_letters=letters, stored=[row["message_id"] for row in journal], allow_repeats=True
+        dead_letters=letters,
+        stored=[row["message_id"] for row in journal],
+        allow_repeats=True,
+        replies=replies,
+        in_doubt=in_doubt,
     )
     assert report.ok, report.problems
     assert services.wrong == []

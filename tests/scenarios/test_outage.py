@@ -142,7 +142,7 @@ async def judge(database: Database, services: Services, old: list[Message], new:
     assert taken >= {message.message_id for message in (*old, *new)}
     for domain in ("rides", "jobs"):  # insurance fails now and then, and goes on
         sights = [sight for sight in services.sights if sight.domain == domain]
-        mine = [message for message in new if kit.text_of(message.json) == WORDS[domain]]
+        mine = [message for message in new if kit.payloads.text_of(message.json) == WORDS[domain]]
         assert kit.out_of_order(sights, mine) == []
     [letters] = await database.fetch(
         "SELECT count(*) AS all, count(*) FILTER (WHERE service = 'rides' AND retry_count > 2) AS counted "
