@@ -80,7 +80,7 @@ class Summary:
         delivered = ", ".join(f"{domain} {count}" for domain, count in sorted(report.delivered.items()))
         lines = [
             f"received       {report.received} of {report.distinct} messages, {report.statuses} statuses",
-            f"duplicates     {self.conservation.duplicates} messages and statuses, {report.duplicates} messages sent again",
+            f"duplicates     {self.conservation.duplicates}, statuses too ({report.duplicates} messages)",
             f"delivered      {delivered or 'nothing'}",
             f"dead letters   {report.dead_letters}",
             f"replies        {report.replies}",

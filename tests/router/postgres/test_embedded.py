@@ -231,11 +231,12 @@ async def test_watch_waits_for_orphans_that_hold_the_memory(data_dir: Path) -> N
     info = await postgres.start()
     # A stopped backend cannot notice that its postmaster died, and keeps the shared memory.
     busy = subprocess.Popen(
-        [find_binary("psql"), "-Xq", info.dsn], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [find_binary("psql"), "-Xq", info.dsn],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PGAPPNAME": "busy"},
     )
-    client = (
-        "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
-    )
+    client = "SELECT pid FROM pg_stat_activity WHERE application_name = 'busy'"
     await until(lambda: sql(info.dsn, client))
     backend = int(sql(info.dsn, client))
     os.kill(backend, signal.SIGSTOP)
