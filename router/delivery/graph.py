@@ -40,7 +40,11 @@ class GraphSender:
 
     async def send(self, message: OutboundMessage) -> SendOutcome:
         try:
-            response = await self._connection.exchange(self._request(message))
+            request = self._request(message)
+        except ValueError:  # somebody put it there by hand
+            return Refused("it cannot be written as a request")
+        try:
+            response = await self._connection.exchange(request)
         except NoAnswer as error:
             return Later(str(error))
         return outcome_of(response, self._clock())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -61,7 +62,10 @@ class PostgresOutbox:
 
 
 def _message(row: Any) -> OutboundMessage:
-    payload = parse(row["payload"].encode())
+    """What somebody put there by hand and that cannot be read is empty, and the channel refuses it."""
+    payload = None
+    with suppress(ValueError):
+        payload = parse(row["payload"].encode())
     return OutboundMessage(
         id=row["id"],
         session_key=row["session_key"],

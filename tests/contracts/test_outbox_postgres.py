@@ -62,3 +62,14 @@ async def world(database: Database) -> AsyncIterator[World]:
 @pytest.mark.parametrize("law", CONTRACT, ids=lambda law: law.__name__)
 async def test_contract(law: Callable[[World], Awaitable[None]], world: World) -> None:
     await law(world)
+
+
+@pytest.mark.parametrize("payload", ["[]", "7", "null", "[" * 500 + "]" * 500])
+async def test_what_was_put_there_by_hand_and_is_no_message_stops_nobody(
+    world: World, database: Database, payload: str
+) -> None:
+    await world.put("a", "a1")
+    await database.fetch("UPDATE whatsapp_outbox SET payload = $1::text::jsonb", payload)
+    await world.put("b", "b1")
+    first, second = (await world.unsent()).messages
+    assert (first.message, second.message["text"]) == ({}, {"body": "b1"})

@@ -144,6 +144,13 @@ async def test_what_is_not_answered_is_sent_later() -> None:
         assert len(requests) == 1
 
 
+async def test_what_fits_no_request_is_refused_and_costs_no_attempt() -> None:
+    async with graph() as (url, requests), open_sender(url, "T", clock=lambda: NOW)() as sender:
+        outcome = await sender.send(replace(MESSAGE, correlation_id="c-\u2603"))
+        assert outcome == Refused("it cannot be written as a request")
+        assert requests == []
+
+
 async def test_nobody_listens() -> None:
     async with open_sender("http://127.0.0.1:1", "T", clock=lambda: NOW)() as sender:
         assert await sender.send(MESSAGE) == Later("connection failed: ConnectionRefusedError")
