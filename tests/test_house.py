@@ -225,6 +225,13 @@ def test_the_packages_neither_print_nor_block_nor_leave_things_to_do() -> None:
                 )
 
 
+def test_property_tests_draw_text_cheaply() -> None:
+    """tests/texts.py says why."""
+    for file in (ROOT / "tests").rglob("*.py"):
+        plain = re.search(r"st\.text\((?=\)|min_size|max_size)", file.read_text(encoding="utf-8"))
+        assert plain is None or file == Path(__file__), file
+
+
 # SQL
 
 
