@@ -227,6 +227,7 @@ def check(data_dir: Path | None, database_url: str | None, config_file: Path | N
         click.echo(f"received {result.received}, duplicates {result.duplicates}")
         for place, count in result.places.items():
             click.echo(f"  {place:<12} {count}")
+        click.echo("replies: " + ", ".join(f"{count} {status}" for status, count in result.replies.items()))
         for problem in result.problems:
             click.echo(f"  ! {problem}")
         click.echo(f"conservation: {'ok' if result.ok else 'broken'}")

@@ -14,12 +14,14 @@ _SQL = statements("check")
 
 @dataclass(frozen=True, slots=True)
 class Conservation:
-    """`places` counts items by where they are; `problems` names every disagreement found."""
+    """`places` counts items by where they are, `replies` those in the outbox by status; `problems` names
+    every disagreement found."""
 
     received: int
     duplicates: int
     places: dict[str, int]
     dead_letters: dict[str, int]
+    replies: dict[str, int]
     problems: tuple[str, ...]
 
     @property
@@ -33,6 +35,7 @@ class Conservation:
             "duplicates": self.duplicates,
             "places": self.places,
             "dead_letters": self.dead_letters,
+            "replies": self.replies,
             "problems": list(self.problems),
         }
 
@@ -90,6 +93,12 @@ def judge(
             "processing": c["letters_processing"],
             "failed": c["letters_failed"],
             "reprocessed": c["letters_reprocessed"],
+        },
+        replies={
+            "unsent": c["replies_unsent"],
+            "pending": c["replies_pending"],
+            "sent": c["replies_sent"],
+            "failed": c["replies_failed"],
         },
         problems=tuple(problems),
     )

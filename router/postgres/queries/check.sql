@@ -5,7 +5,8 @@ SELECT h.received, h.duplicates, h.malformed, h.handled AS handled_at_once, h.ne
        i.items, i.items_malformed, i.items_handled, i.items_open,
        o.outcomes, o.outcomes_handled, o.outcomes_delivered, o.outcomes_rejected, o.outcomes_dead_letter,
        o.outcomes_deferred, o.outcomes_discarded,
-       d.letters_pending, d.letters_processing, d.letters_failed, d.letters_reprocessed
+       d.letters_pending, d.letters_processing, d.letters_failed, d.letters_reprocessed,
+       r.replies_unsent, r.replies_pending, r.replies_sent, r.replies_failed
   FROM journal_head h
  CROSS JOIN delivery_tallies t
  CROSS JOIN (SELECT count(*) AS items,
@@ -26,6 +27,11 @@ SELECT h.received, h.duplicates, h.malformed, h.handled AS handled_at_once, h.ne
                     count(*) FILTER (WHERE status = 'failed') AS letters_failed,
                     count(*) FILTER (WHERE status = 'reprocessed') AS letters_reprocessed
                FROM webhook_dlq) d
+ CROSS JOIN (SELECT count(*) FILTER (WHERE status = 'unsent') AS replies_unsent,
+                    count(*) FILTER (WHERE status = 'pending') AS replies_pending,
+                    count(*) FILTER (WHERE status = 'sent') AS replies_sent,
+                    count(*) FILTER (WHERE status = 'failed') AS replies_failed
+               FROM whatsapp_outbox) r
  WHERE h.shard = 0 AND t.shard = 0;
 
 -- name: missing_items
