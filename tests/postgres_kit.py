@@ -32,16 +32,18 @@ HANGS: Final = 30.0
 """Seconds after which a test that waits for something is given up. Nothing is measured with it."""
 
 
+_numbers = count(1)
+
+
 class PostgresServer:
     """A running server whose own database is migrated and serves as the template of others."""
 
     def __init__(self, dsn: str) -> None:
         self.dsn = dsn
-        self._numbers = count(1)
 
     def create_database(self, *, migrated: bool = True) -> str:
         """A database that nobody else uses; its connection string. Blocks."""
-        name = f"test_{next(self._numbers)}"
+        name = f"test_{os.getpid()}_{next(_numbers)}"
         template = "postroom" if migrated else "template1"
         asyncio.run(_execute(self.dsn_of("postgres"), f"CREATE DATABASE {name} TEMPLATE {template}"))
         return self.dsn_of(name)
@@ -65,7 +67,11 @@ async def _migrate(dsn: str) -> None:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[PostgresServer]:
-    """One server for all tests of the module."""
+    """One server for all tests of the module; that of POSTROOM_TEST_DSN, if it is set, is not stopped."""
+    if dsn := os.environ.get("POSTROOM_TEST_DSN"):
+        trio.run(_migrate, dsn)
+        yield PostgresServer(dsn)
+        return
     # Not pytest's own directory: Postgres runs as another user when we are root, and could not enter it.
     home = Path(tempfile.mkdtemp(prefix="postroom-test-", dir="/tmp"))
     home.chmod(0o755)
