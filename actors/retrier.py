@@ -181,7 +181,7 @@ class Retrier:
             room = line.room
             if line.waiting and not room:
                 self._leave(line)
-            wanted = room if room == 1 else 2 * room
+            wanted = PAGE if room > 1 else room
             if claims and line.out < wanted and len(line.waiting) < room:
                 try:
                     items = await self._claim(line, wanted - line.out)

@@ -20,7 +20,7 @@ SELECT postroom_expire_dead_letters($1, $2, $3);
 SELECT service, due FROM postroom_log_retry_run($1, $2, $3, $4, $5, $6);
 
 -- name: held_pairs
-SELECT DISTINCT session_key, service FROM webhook_dlq WHERE keeps_order AND status IN ('pending', 'processing');
+SELECT session_key, service FROM postroom_held_pairs();
 
 -- name: ask_for_run
 SELECT process_dlq_entries();
