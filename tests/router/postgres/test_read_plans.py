@@ -1,4 +1,6 @@
-"""What is read by key is read so in partitions that have just grown and of which nothing is known yet."""
+"""What a read costs does not grow with what lies beside it: by key, in partitions of which nothing is known
+yet; and by conversation, however many letters wait behind the oldest one of each.
+"""
 
 from __future__ import annotations
 
@@ -62,3 +64,40 @@ async def test_no_partition_is_read_whole(database: Database, settings: dict[str
     lines = await database.bridge.run(plans)
     whole = [line for line in lines if "Seq Scan" in line and ("messages_y" in line or "outcomes_y" in line)]
     assert bool(whole) is not bool(settings)
+
+
+_BACKLOG = """
+INSERT INTO webhook_dlq (service, payload, error_message, status, resolution, next_retry_at, created_at,
+                         updated_at, seq, received_at, session_key, attempts, correlation_id, keeps_order)
+SELECT 'rides', '{}', 'x', 'pending', 'deferred', $1, $1, $1, n, $1, 's' || n % 20, 0, 'c', true
+  FROM generate_series(1, $2::integer) n
+"""
+_ROWS_READ = """
+SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relname = 'webhook_dlq'
+"""
+
+
+async def test_a_claim_costs_as_much_as_there_are_conversations(database: Database) -> None:
+    epoch = await database.take_epoch()
+
+    async def claim() -> list[tuple[str, int, int]]:
+        connection: asyncpg.Connection = await connect(database.dsn, name="test")
+        retrier, read = statements("retrier"), []
+        now = datetime.now(UTC)
+        try:
+            await connection.execute(_BACKLOG, now, 20_000)
+            for name, arguments in (
+                ("claim_dead_letters", (epoch, now, 16, ["rides"], False)),
+                ("log_retry_run", (epoch, now, 0, 0, None, ["rides"])),
+                ("held_pairs", ()),
+            ):
+                async with connection.transaction():
+                    found = await connection.fetch(retrier[name], *arguments)
+                    read.append((name, len(found), await connection.fetchval(_ROWS_READ)))
+            return read
+        finally:
+            await connection.close()
+
+    read = await database.bridge.run(claim)
+    assert [found for _, found, _ in read] == [16, 1, 20]
+    assert all(rows < 1_000 for _, _, rows in read), read
