@@ -245,7 +245,8 @@ class Database:
                 try:
                     connection = await asyncpg.connect(self.dsn, timeout=20)
                     break
-                except asyncpg.CannotConnectNowError:  # it recovers from what the test did to it
+                # It recovers from what the test did to it, or is not there yet again.
+                except (asyncpg.CannotConnectNowError, ConnectionRefusedError, FileNotFoundError):
                     if time.monotonic() > give_up:
                         raise
                     await asyncio.sleep(0.05)
