@@ -5,7 +5,7 @@ take now stays there, and only its seq (8 bytes) is remembered here.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ParamSpec, TypeVar
 
@@ -20,9 +20,8 @@ from .ports import Journal
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_PAGE = (
-    64  # seqs in one read of the journal. Their sessions run at once, and what has just come waits for them
-)
+_PAGE = 64  # seqs in one read of the journal
+_AT_ONCE = 4  # sessions that get theirs before all else has a turn: what just came waits for no more
 _BUFFERED = 64  # flushes of this process kept while the tail is read
 _WINDOW = 20_000  # unfinished span beyond which old seqs are set apart as stragglers
 
@@ -346,7 +345,10 @@ class Dispatcher:
                 self._seats_kept = sum(key not in self._family for key in set(wanted.values()))
                 items = await self._patiently(self._journal.read, list(wanted))
                 self._seats_kept = 0
-                self._hand_out(wanted, {item.seq: item for item in items})
+                found = {item.seq: item for item in items}
+                for part in _parts(wanted):
+                    self._hand_out(part, found)
+                    await trio.lowlevel.checkpoint()
 
     def _next_page(self) -> dict[int, str]:
         wanted: dict[int, str] = {}
@@ -397,7 +399,7 @@ class Dispatcher:
                 self._uncall(key)
                 self._enqueue(key, conversation)
             self._forget_if_done(key, conversation)
-        if len(items) < len(wanted):
+        if not wanted.keys() <= items.keys():
             self._release_waiters()
 
     # Bookkeeping
@@ -535,3 +537,13 @@ class Dispatcher:
             except JournalUnavailable:
                 await trio.sleep(wait)
                 wait = min(wait * 2, 5.0)
+
+
+def _parts(wanted: dict[int, str]) -> Iterator[dict[int, str]]:
+    """A page in parts of a few sessions; the seqs of one session stay together."""
+    of: dict[str, list[int]] = {}
+    for seq, key in wanted.items():
+        of.setdefault(key, []).append(seq)
+    keys = list(of)
+    for start in range(0, len(keys), _AT_ONCE):
+        yield {seq: key for key in keys[start : start + _AT_ONCE] for seq in of[key]}
