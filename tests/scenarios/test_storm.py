@@ -133,7 +133,7 @@ async def keep_on(place: Place, load: Load, seconds: float, rng: Random | None) 
         await trio.sleep_until(min(ends, now + (rng.uniform(3, 8) if rng is not None else 1.0)))
         if rng is None:
             await place.statuses.look()
-        elif rng.random() < 0.5:
+        elif place.is_routers_turn(rng):
             await place.router.kill()
             load.urls = [await place.start()]
             place.kills["router"] += 1
@@ -153,6 +153,11 @@ class Place:
         self.statuses = Statuses(self.database)
         self.kills = {"router": 0, "postgres": 0}
         self.router: RouterProcess
+
+    def is_routers_turn(self, rng: Random) -> bool:
+        """Whichever was killed less often; by chance where that is neither."""
+        lead = self.kills["router"] - self.kills["postgres"]
+        return lead < 0 or (lead == 0 and rng.random() < 0.5)
 
     async def start(self) -> str:
         self.router = RouterProcess(
