@@ -2,6 +2,7 @@
 -- each. The functions that are here again are those of 0003, told so.
 
 DROP INDEX webhook_dlq_open;
+DROP INDEX webhook_dlq_pending;
 CREATE INDEX webhook_dlq_pairs ON webhook_dlq (service, session_key, seq) WHERE status IN ('pending', 'processing');
 CREATE INDEX webhook_dlq_processing ON webhook_dlq (service, session_key) WHERE status = 'processing';
 CREATE INDEX webhook_dlq_requested ON webhook_dlq (service, session_key, seq)

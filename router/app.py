@@ -23,6 +23,7 @@ from actors.ports import Clock
 from actors.tree import SenderSpec, ServiceSpec, TreeSpec
 from actors.unspooler import Unspooler
 from router.accept import Webhooks, is_correlation_id, is_traceparent
+from router.clock import utc_now
 from router.config import Config, ServiceConfig
 from router.config_rules import checked
 from router.database import migrate_database, open_database
@@ -30,7 +31,7 @@ from router.delivery import graph, http, in_process
 from router.delivery.in_process import HandlerFunction
 from router.domains import canonical_domain
 from router.home_menu import HomeMenu, MenuRow
-from router.inbound import body_of, utc_now
+from router.inbound import body_of
 from router.observe.logs import get_logger
 from router.postgres.bridge import Bridge, open_bridge
 from router.postgres.errors import describe

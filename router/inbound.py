@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from actors.messages import Envelope, Session
 from router.channels.whatsapp import OBJECT
+from router.clock import utc_now
 from router.json_text import encode
-
-
-def utc_now() -> datetime:
-    """The system's clock."""
-    return datetime.now(UTC)
 
 
 def body_of(envelope: Envelope) -> bytes:

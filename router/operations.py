@@ -17,10 +17,10 @@ from actors.ingress import Ingress
 from actors.messages import Delivery
 from router.app import operators_ingress
 from router.channels.whatsapp import Splitter
+from router.clock import utc_now
 from router.config import Config
 from router.conservation import Conservation, recount
 from router.database import migrate_database, open_database
-from router.inbound import utc_now
 from router.json_text import parse, storable
 from router.postgres.bridge import Bridge, open_bridge
 from router.postgres.connections import connect

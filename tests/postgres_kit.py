@@ -21,8 +21,8 @@ import asyncpg
 import pytest
 import trio
 
+from router.clock import utc_now
 from router.database import migrate_database
-from router.inbound import utc_now
 from router.postgres.bridge import Bridge, open_bridge
 from router.postgres.connections import connect
 from router.postgres.embedded import EmbeddedPostgres

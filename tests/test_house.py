@@ -26,7 +26,7 @@ LAYERS = {
     "adapters": ("postgres", "delivery", "channels", "spool"),
     "policy": ("routing", "retry", "home_menu"),
     "config": ("config", "config_file", "config_rules", "settings"),
-    "words": ("domains", "json_text"),
+    "words": ("domains", "json_text", "clock"),
     "observe": ("observe",),
     "actors": ("actors",),
     "simulator": ("simulator",),
