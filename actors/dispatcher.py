@@ -14,15 +14,16 @@ import trio
 from .errors import JournalUnavailable
 from .kernel import Family, MailboxClosed, MailboxFull
 from .kernel.family import FamilyChild
-from .messages import Completion, Item
+from .messages import Completion, Item, Turn
 from .ports import Journal
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _PAGE = 64  # seqs in one read of the journal
-_AT_ONCE = 4  # sessions that get theirs before all else has a turn: what just came waits for no more
+_AT_ONCE = 4  # sessions that get a backlog before all else has a turn: what just came waits for no more
 _BUFFERED = 64  # flushes of this process kept while the tail is read
+_PAUSE = 0.02  # seconds between the next few of a line who waited in vain: they are many at once
 _WINDOW = 20_000  # unfinished span beyond which old seqs are set apart as stragglers
 
 
@@ -35,6 +36,7 @@ class _Conversation:
     uncommitted: deque[Item] = field(default_factory=deque)  # finished by the child, not yet committed
     committed_early: bool = False  # the oldest held one, before the child could say that it is finished
     waits_for: str | None = None  # the service it stands in line for
+    waits_since: float = 0.0  # trio's clock
     window: int | None = None  # items read for it at once, after it had to give some back; None: all it holds
     queued: bool = False  # in the ready line or being paged in
 
@@ -57,7 +59,8 @@ class Dispatcher:
     """Owned by one task tree; all methods that are not async return at once.
 
     `hold` (K) bounds what one session holds, `max_live` how many sessions are live, `max_backlog` how
-    many seqs are remembered: beyond it the tail of the journal is not read on.
+    many seqs are remembered: beyond it the tail of the journal is not read on. `patience` gives the seconds
+    that a session stands in line for a service which meanwhile takes nothing.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Dispatcher:
         sweep_every: float,
         on_crash: Callable[[str, Exception], None],
         on_replay_lost: Callable[[Item], None],
+        patience: Callable[[str], float],
         retry_after: float = 0.5,
     ) -> None:
         self._journal = journal
@@ -81,12 +85,15 @@ class Dispatcher:
         self._sweep_every = sweep_every
         self._on_crash = on_crash
         self._on_replay_lost = on_replay_lost
+        self._patience = patience
         self._retry_after = retry_after
         self._family: Family[str, Item] = Family(make, capacity=hold, idle=idle, on_end=self._ended)
         self._conversations: dict[str, _Conversation] = {}
         self._ready: deque[str] = deque()
         self._line: dict[str, deque[str]] = {}  # service -> sessions that stand in line for it
         self._called: dict[str, str] = {}  # session -> the service that called it out of the line
+        self._turned_away: dict[str, str] = {}  # session -> the service that it stood in line for in vain
+        self._taken: dict[str, float] = {}  # service -> when it last took a delivery, on trio's clock
         self._open: set[int] = set()  # every undelivered seq that was seen
         self._order: deque[int] = deque()  # the same, oldest first, with finished ones still in between
         self._stragglers: set[int] = set()
@@ -105,6 +112,7 @@ class Dispatcher:
         self._crashes = 0
         self._wake_pager = trio.Event()
         self._wake_tail = trio.Event()
+        self._wake_patience = trio.Event()
         self._crash = trio.Event()
 
     # What the rest of the tree calls
@@ -140,40 +148,38 @@ class Dispatcher:
         self._forget_if_done(item.session_key, conversation)
         return given
 
-    def must_wait(self, key: str, service: str) -> bool:
+    def turn(self, key: str, service: str) -> Turn:
+        if self._turned_away.pop(key, None) == service:
+            return Turn.TOO_LATE
         if self._called.get(key) == service:
             del self._called[key]  # used: the lane that takes the delivery calls the next one
-            return False
-        return service in self._line or service in self._called.values()
+            return Turn.CALLED
+        in_line = service in self._line or service in self._called.values()
+        return Turn.IN_LINE if in_line else Turn.FREE
 
     def park(self, key: str, service: str) -> None:
         conversation = self._conversations[key]
         self._family.take_back(key)
         self._give_back(conversation)
         called = self._called.pop(key, None)
+        self._turned_away.pop(key, None)
         # It will be called for one delivery, and what is read beyond that for it is likely to be given back.
         conversation.window = 1
         if conversation.backlog:
-            conversation.waits_for = service
+            conversation.waits_for, conversation.waits_since = service, trio.current_time()
             self._line.setdefault(service, deque()).append(key)
+            self._wake_patience.set()
         if called is not None and called != service:
-            self.room(called)
+            self._call(called)
         self._forget_if_done(key, conversation)
         if self._ready:
             self._wake_pager.set()  # others wait for a seat, and this one falls idle
 
-    def room(self, service: str) -> None:
-        """That service can take a delivery: the first session in its line may try."""
-        line = self._line.get(service)
-        if not line:
-            return
-        key = line.popleft()
-        if not line:
-            del self._line[service]
-        conversation = self._conversations[key]
-        conversation.waits_for = None
-        self._called[key] = service
-        self._enqueue(key, conversation)
+    def taken(self, service: str, room: bool) -> None:
+        """A lane of that service took one. If there is `room`, the first session in its line may try."""
+        self._taken[service] = trio.current_time()
+        if room:
+            self._call(service)
 
     def finished(self, key: str, item: Item) -> None:
         conversation = self._conversations[key]
@@ -253,7 +259,13 @@ class Dispatcher:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._family.run)
             await self._recover()
-            for task in (self._page_in, self._follow_tail, self._sweep, self._calm_down):
+            for task in (
+                self._page_in,
+                self._follow_tail,
+                self._sweep,
+                self._calm_down,
+                self._lose_patience,
+            ):
                 nursery.start_soon(task)
             await self._family.ended.wait()
             nursery.cancel_scope.cancel()
@@ -333,6 +345,29 @@ class Dispatcher:
                 if conversation is not None and conversation.waits_for is None:
                     self._enqueue(key, conversation)
 
+    async def _lose_patience(self) -> None:
+        """A service that takes nothing for so long is no longer waited for: its line breaks up, the oldest
+        first, and what was for it is deferred.
+        """
+        while True:
+            await self._wake_patience.wait()
+            self._wake_patience = trio.Event()
+            while self._line:
+                await trio.sleep_until(min(map(self._waits_until, self._line)))
+                now = trio.current_time()
+                for service in list(self._line):
+                    for _ in range(_AT_ONCE):
+                        if service in self._line and self._waits_until(service) <= now:
+                            key = self._leave_line(service)
+                            self._turned_away[key] = service
+                            self._conversations[key].window = None
+                await trio.sleep(_PAUSE)
+
+    def _waits_until(self, service: str) -> float:
+        """When the first in that line has waited long enough, on trio's clock."""
+        first = self._conversations[self._line[service][0]]
+        return max(first.waits_since, self._taken.get(service, 0.0)) + self._patience(service)
+
     async def _page_in(self) -> None:
         """Bring sessions with a backlog their next messages, many sessions in one read."""
         while True:
@@ -343,12 +378,15 @@ class Dispatcher:
                 if not wanted:
                     break
                 self._seats_kept = sum(key not in self._family for key in set(wanted.values()))
+                began, newest = trio.current_time(), self._newest
                 items = await self._patiently(self._journal.read, list(wanted))
                 self._seats_kept = 0
                 found = {item.seq: item for item in items}
                 for part in _parts(wanted):
                     self._hand_out(part, found)
                     await trio.lowlevel.checkpoint()
+                if self._newest != newest:  # half of the time belongs to what comes
+                    await trio.sleep(trio.current_time() - began)
 
     def _next_page(self) -> dict[int, str]:
         wanted: dict[int, str] = {}
@@ -481,11 +519,27 @@ class Dispatcher:
         self._stragglers.add(seq)
         self._new_stragglers.append(seq)
 
+    def _call(self, service: str) -> None:
+        if service in self._line:
+            self._called[self._leave_line(service)] = service
+
+    def _leave_line(self, service: str) -> str:
+        """The first session in that line gets its messages again."""
+        line = self._line[service]
+        key = line.popleft()
+        if not line:
+            del self._line[service]
+        conversation = self._conversations[key]
+        conversation.waits_for = None
+        self._enqueue(key, conversation)
+        return key
+
     def _uncall(self, key: str) -> None:
-        """The session was called out of a line and has no use for it: the next one may try."""
+        """The session came out of a line and has no use for it: the next one may try."""
+        self._turned_away.pop(key, None)
         service = self._called.pop(key, None)
         if service is not None:
-            self.room(service)
+            self._call(service)
 
     def _enqueue(self, key: str, conversation: _Conversation) -> None:
         if not conversation.queued and conversation.backlog:

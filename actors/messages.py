@@ -226,6 +226,15 @@ class Item:
     overtaken: bool = False  # this replay is of a dead letter that later messages went on past
 
 
+class Turn(enum.Enum):
+    """What a session that wants to deliver to a service may do."""
+
+    FREE = enum.auto()  # go, if there is room: nobody stands in line
+    CALLED = enum.auto()  # go: it was the first in line
+    IN_LINE = enum.auto()  # wait behind others
+    TOO_LATE = enum.auto()  # wait no more: it stood in line in vain
+
+
 class Place(enum.StrEnum):
     """Where an item that reached its session ended. The value stands in message_outcomes.outcome."""
 

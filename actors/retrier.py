@@ -20,6 +20,7 @@ PAGE = 50  # letters claimed at once, at most
 AT_LEAST_EVERY = 300.0  # seconds between runs: a call that was lost, or a letter nobody was told of
 _AT_MOST_EVERY = 1.0  # seconds between runs that nobody asked for
 _RUN = 10.0  # seconds; what is out then counts in the next run, which looks at all services again
+_EXPIRE_EVERY = 60.0  # seconds between looks for letters that waited too long
 _AFTER_TROUBLE = 10.0  # seconds until the run after one that failed
 _NO_ROOM = 0.2  # seconds until a session that had no room is offered its dead letter again
 
@@ -79,6 +80,9 @@ class Retrier:
         self._running = False
         self._stranded = True  # letters may be claimed that nobody has
         self._error: str | None = None  # of the run that is under way
+        self._expire_at = 0.0  # trio's clock
+        self._going: set[str] = set()  # services with letters that may go, as far as was heard
+        self._look_everywhere = True
         self._wake = trio.Event()
         self._due = float("inf")  # trio's clock
         self._pause = trio.CancelScope()
@@ -91,6 +95,8 @@ class Retrier:
         """These are durable: dead letters that came to be, and replays that ended."""
         for completion in completions:
             letter = completion.dead_letter
+            if letter is not None or completion.item.dead_letter is not None:
+                self._going.add(completion.service or "")
             if letter is not None and letter.status == "pending" and letter.retry_in is not None:
                 self.due_in(max(self._waits(completion.service or "", letter.retry_in), _AT_MOST_EVERY))
             if completion.item.dead_letter is not None:
@@ -136,6 +142,7 @@ class Retrier:
             self._pause = trio.CancelScope(deadline=min(trio.current_time() + wait, self._due))
             with self._pause:
                 await self._wake.wait()
+            self._look_everywhere = self._wake.is_set() or self._error is not None or wait == AT_LEAST_EVERY
 
     def _waits(self, service: str, due_in: float) -> float:
         """Seconds until a letter of that service that is due then can go."""
@@ -154,17 +161,25 @@ class Retrier:
         else:
             async with trio.open_nursery() as nursery:
                 until = trio.current_time() + _RUN
-                for line in self._lines:
+                for line in filter(self._may_have_letters, self._lines):
                     nursery.start_soon(self._work_off, line, until)
         self._running = False
         return await self._put_on_record()
 
+    def _may_have_letters(self, line: _Line) -> bool:
+        if self._look_everywhere or line.out:
+            return True
+        if line.service is None:
+            return not self._going <= self._services.keys()
+        return line.service.name in self._going
+
     async def _begin(self) -> None:
         await self._release()
-        expired = await self._journal.expire_dead_letters(self._epoch, self._max_age)
-        self._processed += expired
-        self._failed += expired
-        await self._deferrals.refresh()
+        if trio.current_time() >= self._expire_at:
+            expired = await self._journal.expire_dead_letters(self._epoch, self._max_age)
+            self._processed += expired
+            self._failed += expired
+            self._expire_at = trio.current_time() + _EXPIRE_EVERY
 
     async def _release(self) -> None:
         """What is claimed and not out was left by another retrier, by an answer that was lost, or by a run
@@ -231,6 +246,7 @@ class Retrier:
             try:
                 await self._release()
                 await self._deferrals.refresh()
+                self._going.clear()
                 due = await self._journal.log_retry_run(
                     self._epoch,
                     processed=processed,
@@ -242,6 +258,7 @@ class Retrier:
                 await trio.sleep(wait)
                 wait = min(wait * 2, 5.0)
                 continue
+            self._going.update(due)
             self._processed -= processed
             self._failed -= failed
             return due

@@ -77,6 +77,9 @@ OpenLane = Callable[[], AbstractAsyncContextManager[Handler]]
 class Service:
     """`lanes` tasks take deliveries from one mailbox. `may_attempt` is asked before every attempt: it
     is false while the lease is not known to be held. `strict`: a conversation waits behind its dead letters.
+    `waiting` deliveries may wait for a lane, and beyond them as many dead letters as there are lanes: however
+    many messages come, these get their share. `on_taken` is told when a lane takes a delivery, and whether
+    another one may wait now.
     """
 
     def __init__(
@@ -85,7 +88,7 @@ class Service:
         *,
         open_lane: OpenLane,
         lanes: int,
-        capacity: int,
+        waiting: int,
         timeout: float,
         deadline: float,
         policy: RetryPolicy,
@@ -93,21 +96,28 @@ class Service:
         strict: bool,
         breaker: Breaker,
         may_attempt: Callable[[], bool],
-        on_room: Callable[[str], None],
+        on_taken: Callable[[str, bool], None],
     ) -> None:
         self.name = name
-        self.address: Address[Deliver] = Address(f"service/{name}", capacity)
+        self.address: Address[Deliver] = Address(f"service/{name}", waiting + lanes)
         self.redelivery = redelivery
         self.strict = strict
         self.lanes = lanes
+        self.patience = timeout / 4  # seconds that a session waits for it while it takes nothing
         self.breaker = breaker
         self.statistics = ServiceStatistics()
         self._open_lane = open_lane
+        self._waiting = waiting
         self._timeout = timeout
         self._deadline = deadline
         self._policy = policy
         self._may_attempt = may_attempt
-        self._on_room = on_room
+        self._on_taken = on_taken
+
+    @property
+    def busy(self) -> bool:
+        """As many deliveries wait for a lane as may."""
+        return len(self.address.mailbox) >= self._waiting
 
     async def run(self) -> None:
         """Until the mailbox is closed and every lane has finished what it held."""
@@ -126,7 +136,7 @@ class Service:
                     [delivery] = await self.address.mailbox.drain(1)
                 except MailboxClosed:
                     return
-                self._on_room(self.name)
+                self._on_taken(self.name, not self.busy)
                 try:
                     delivery.promise.answer(await self._deliver(handler, delivery.envelope))
                 except NotOwner as refusal:

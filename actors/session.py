@@ -19,6 +19,7 @@ from .messages import (
     Place,
     Session,
     SessionChange,
+    Turn,
 )
 from .ports import Clock, Route, RoutePolicy
 from .service import Deferred, Deliver, Delivered, Rejected, Result, Service, Undelivered
@@ -27,8 +28,8 @@ from .service import Deferred, Deliver, Delivered, Rejected, Result, Service, Un
 class Conversations(Protocol):
     """What a session needs of whoever feeds it."""
 
-    def must_wait(self, key: str, service: str) -> bool:
-        """Others stand in line for this service, and this session has not been called."""
+    def turn(self, key: str, service: str) -> Turn:
+        """Whether a delivery to this service may be tried now."""
 
     def park(self, key: str, service: str) -> None:
         """The session stands in line; what it was given goes back to the journal's backlog."""
@@ -159,11 +160,15 @@ class SessionActor:
         service = self._services.get(domain)
         if service is None:
             return f"no service for domain {domain!r}"
-        if item.dead_letter is None and self._deferrals.holds(self._key, domain):
-            return Deferred("an earlier message of the conversation waits")
-        if self._conversations.must_wait(self._key, domain):
-            self._conversations.park(self._key, domain)
-            return None
+        if item.dead_letter is None:  # a letter has a place of its own
+            if self._deferrals.holds(self._key, domain):
+                return Deferred("an earlier message of the conversation waits")
+            turn = self._conversations.turn(self._key, domain)
+            if turn is Turn.TOO_LATE:
+                return Deferred("the service takes nothing")
+            if turn is Turn.IN_LINE or (turn is Turn.FREE and service.busy):
+                self._conversations.park(self._key, domain)
+                return None
         envelope = Envelope(
             id=item.key if not item.revision else f"{item.key}_r{item.revision}",
             message_id=item.message_id,

@@ -220,7 +220,7 @@ class DeliveryTree:
                 service.name,
                 open_lane=service.open_lane,
                 lanes=service.lanes,
-                capacity=service.waiting,
+                waiting=service.waiting,
                 timeout=service.timeout,
                 deadline=service.deadline,
                 policy=spec.retry,
@@ -233,7 +233,7 @@ class DeliveryTree:
                     on_change=partial(self._breaker_changed, service.name),
                 ),
                 may_attempt=self._may_attempt,
-                on_room=self._room,
+                on_taken=self._taken,
             )
             for service in spec.services
         }
@@ -282,6 +282,7 @@ class DeliveryTree:
             sweep_every=spec.sweep_every,
             on_crash=lambda key, error: spec.report("session", error),
             on_replay_lost=retrier.lost,
+            patience=lambda name: self.services[name].patience,
         )
         self.dispatcher, self._retrier = dispatcher, retrier
         if "dispatcher" in self._draining:
@@ -321,9 +322,9 @@ class DeliveryTree:
         if self.dispatcher is not None:
             self.dispatcher.close()
 
-    def _room(self, service: str) -> None:
+    def _taken(self, service: str, room: bool) -> None:
         if self.dispatcher is not None:
-            self.dispatcher.room(service)
+            self.dispatcher.taken(service, room)
 
     def _breaker_changed(self, name: str) -> None:
         breaker = self.services[name].breaker

@@ -500,7 +500,7 @@ def service(name: str, open_lane: OpenLane, *, breaker_failures: int = 1_000, **
     arguments: dict[str, Any] = {
         "open_lane": open_lane,
         "lanes": 1,
-        "capacity": 10,
+        "waiting": 10,
         "timeout": 4.0,
         "deadline": 15.0,
         "policy": policy,
@@ -510,7 +510,7 @@ def service(name: str, open_lane: OpenLane, *, breaker_failures: int = 1_000, **
             breaker_failures, pause=policy.pause, clock=trio.current_time, on_change=lambda: None
         ),
         "may_attempt": lambda: True,
-        "on_room": lambda name: None,
+        "on_taken": lambda name, room: None,
     }
     return Service(name, **arguments | changes)
 
@@ -571,8 +571,10 @@ class Rig:
         idle: float = 10.0,
         sweep_every: float = 1_000.0,
         timeout: float = 4.0,
+        deadline: float = 15.0,
         strict: bool = False,
         breaker_failures: int = 1_000,
+        patience: float = float("inf"),
     ) -> None:
         self.journal = MemoryJournal()
         self.deferrals = Deferrals(self.journal)
@@ -588,12 +590,13 @@ class Rig:
                 name,
                 counterpart.lane,
                 lanes=lanes,
-                capacity=waiting,
+                waiting=waiting,
                 timeout=timeout,
+                deadline=deadline,
                 strict=strict,
                 breaker_failures=breaker_failures,
                 may_attempt=lambda: self.held_lease,
-                on_room=lambda service: self.dispatcher.room(service),
+                on_taken=lambda service, room: self.dispatcher.taken(service, room),
             )
             for name, counterpart in self.counterparts.items()
         }
@@ -608,6 +611,7 @@ class Rig:
             sweep_every=sweep_every,
             on_crash=lambda key, crash: self.crashes.append((key, crash)),
             on_replay_lost=self.lost.append,
+            patience=lambda service: patience,
         )
 
     def make_session(self, key: str) -> SessionActor:

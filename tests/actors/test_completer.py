@@ -13,7 +13,7 @@ from doubles import Counterpart, MemoryJournal, delivery, incoming, service_spec
 from actors.completer import Completer
 from actors.errors import JournalUnavailable, LeaseLost
 from actors.kernel import Address
-from actors.messages import Completion, Place
+from actors.messages import Completion, DeadLetter, Place
 from actors.tree import DeliveryTree
 
 
@@ -53,6 +53,23 @@ async def test_a_batch_is_committed_in_order_with_the_marks() -> None:
     await desk.completer.receive(desk.done())
     assert desk.committed == [([1, 2], [4]), ([3, 4], [4]), ([5], [4])]
     assert desk.journal.calls["complete"] == 3
+
+
+async def test_commits_are_some_time_apart_but_for_those_of_dead_letters(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    desk = Desk()
+    await desk.completer.receive(desk.done([1]))
+    assert trio.current_time() == pytest.approx(0.01)
+    await desk.completer.receive(desk.done([2]))
+    assert trio.current_time() == pytest.approx(0.02)
+    [done] = desk.done([3])
+    letter = DeadLetter(status="pending", resolution=None, error="down", retry_in=0.0)
+    await desk.completer.receive([replace(done, place=Place.DEAD_LETTER, dead_letter=letter)])
+    assert trio.current_time() == pytest.approx(0.03)
+    [claimed] = await desk.journal.claim_dead_letters(1, 1, ["rides"])
+    await desk.completer.receive([replace(done, item=claimed)])
+    assert trio.current_time() == pytest.approx(0.03)
 
 
 async def test_an_unavailable_journal_is_waited_for(autojump_clock: trio.testing.MockClock) -> None:

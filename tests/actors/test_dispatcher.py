@@ -142,6 +142,51 @@ async def test_sessions_are_served_in_the_order_of_their_line(autojump_clock: Cl
         assert rig.dispatcher.statistics().waiting_for == {}
 
 
+async def test_who_stands_in_line_in_vain_is_deferred_and_goes_on(autojump_clock: Clock) -> None:
+    rig = Rig(waiting=1, takes=100.0, timeout=500, deadline=500, patience=1.0, max_live=20)
+    async with rig.running():
+        for sender in "abcdefgh":
+            rig.say(f"rides:{sender}1", sender=sender)
+            await trio.testing.wait_all_tasks_blocked()
+        rig.say("rides:h2", "jobs:h", sender="h")
+        await trio.sleep(0.9)
+        assert rig.decided() == []
+        assert rig.dispatcher.statistics().waiting_for == {"rides": 6}
+        await trio.sleep(0.2)
+        assert rig.dispatcher.statistics().waiting_for == {}
+        assert rig.decided("h") == ["rides:h1", "rides:h2"]
+        assert len(rig.decided()) == 7
+        await trio.sleep(150)
+        assert rig.decided("h") == ["rides:h1", "rides:h2", "jobs:h"]
+        rig.say("menu", "rides:h3", sender="h")
+        await rig.finish()
+    assert rig.counterparts["rides"].texts == rides("a1", "b1")
+    places = [done.place for done in rig.journal.outcomes.values() if done.item.wa_id == "h"]
+    assert places == [Place.DEFERRED, Place.DEFERRED, Place.DELIVERED, Place.HANDLED, Place.DEFERRED]
+
+
+async def test_a_line_waits_for_a_service_that_takes_something_now_and_then(autojump_clock: Clock) -> None:
+    rig = Rig(waiting=1, takes=0.9, patience=1.0, max_live=20)
+    async with rig.running():
+        for sender in "abcdefgh":
+            rig.say(f"rides:{sender}", sender=sender)
+            await trio.testing.wait_all_tasks_blocked()
+        await rig.finish()
+    assert rig.counterparts["rides"].texts == rides(*"abcdefgh")
+
+
+async def test_only_a_few_of_a_line_lose_patience_at_once(autojump_clock: Clock) -> None:
+    rig = Rig(waiting=1, takes=100.0, timeout=500, deadline=500, patience=1.0, max_live=100)
+    async with rig.running():
+        for number in range(42):
+            rig.say(f"rides:{number}", sender=f"s{number}")
+        await trio.sleep(1.01)
+        assert rig.dispatcher.statistics().waiting_for == {"rides": 36}
+        await trio.sleep(0.2)
+        assert rig.dispatcher.statistics().waiting_for == {}
+        await rig.finish()
+
+
 async def test_live_sessions_are_bounded_and_those_idle_make_room(autojump_clock: Clock) -> None:
     rig = Rig(max_live=2, idle=1_000)
     async with rig.running():
@@ -434,6 +479,7 @@ STEPS = st.lists(
     idle=st.sampled_from([0.3, 50.0]),
     session_crashes=st.sets(st.integers(0, 40), max_size=6),
     service_crashes=st.sets(st.integers(0, 40), max_size=3),
+    patience=st.sampled_from([0.2, 1.0, float("inf")]),
 )
 def test_whatever_happens_each_message_is_decided_once_in_order_within_the_limits(
     steps: list[tuple[str, list[tuple[str, str]]]],
@@ -446,6 +492,7 @@ def test_whatever_happens_each_message_is_decided_once_in_order_within_the_limit
     idle: float,
     session_crashes: set[int],
     service_crashes: set[int],
+    patience: float,
 ) -> None:
     async def main() -> None:
         rig = Rig(
@@ -456,6 +503,7 @@ def test_whatever_happens_each_message_is_decided_once_in_order_within_the_limit
             waiting=waiting,
             lanes=lanes,
             idle=idle,
+            patience=patience,
         )
         watched = Watched()
         rig.journal = rig.dispatcher._journal = watched
@@ -510,8 +558,15 @@ def test_whatever_happens_each_message_is_decided_once_in_order_within_the_limit
         for name, counterpart in rig.counterparts.items():
             for sender in "abcdefg":
                 seen = [one.text for one in counterpart.seen if one.session.wa_id == sender]
-                first = list(dict.fromkeys(seen))
-                assert first == [text for who, text in said if who == sender and text.startswith(name)]
+                deferred = [
+                    str(done.item.message["text"]["body"])
+                    for done in rig.journal.outcomes.values()
+                    if done.item.wa_id == sender and done.service == name and done.place is Place.DEFERRED
+                ]
+                # What was deferred stays so here, and nothing goes past it.
+                assert list(dict.fromkeys([*seen, *deferred])) == [
+                    text for who, text in said if who == sender and text.startswith(name)
+                ]
         assert watched.stragglers == set()
 
     with pytest.MonkeyPatch.context() as patch:

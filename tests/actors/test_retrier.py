@@ -306,6 +306,22 @@ async def test_a_slow_service_holds_up_no_letter_that_becomes_due_meanwhile(auto
     assert len(office.seen) > 5
 
 
+async def test_letters_get_their_share_of_a_service_that_has_too_much_to_do(autojump_clock: Clock) -> None:
+    office = Office(takes=0.5, waiting=2)
+    for number in range(5):
+        await office.letter(f"rides:old{number}", f"old{number}")
+    async with office.open() as tree:
+        for number in range(200):
+            office.say(f"rides:new{number}", f"new{number % 50}")
+            tree.look()
+            await trio.sleep(0.1)
+        assert tree.dispatcher is not None
+        assert tree.dispatcher.statistics().waiting_for["rides"] > 10
+    told = [text for _, text in office.seen]
+    assert {f"rides:old{number}" for number in range(5)} <= set(told)
+    assert len(told) == 41
+
+
 # What operators ask for
 
 

@@ -24,20 +24,20 @@ class Office:
     """One service and its counterpart. The random source is 1, so the waits are 0.25 and 0.5 seconds."""
 
     def __init__(
-        self, *, lanes: int = 1, capacity: int = 10, takes: float = 0.0, breaker_failures: int = 1_000
+        self, *, lanes: int = 1, waiting: int = 10, takes: float = 0.0, breaker_failures: int = 1_000
     ) -> None:
         self.counterpart = Counterpart(takes=takes)
         self.held = True
-        self.room: list[float] = []
+        self.taken: list[tuple[float, bool]] = []
         self.crashes: list[Exception] = []
         self.service = service(
             "rides",
             self.counterpart.lane,
             lanes=lanes,
-            capacity=capacity,
+            waiting=waiting,
             breaker_failures=breaker_failures,
             may_attempt=lambda: self.held,
-            on_room=lambda name: self.room.append(trio.current_time()),
+            on_taken=lambda name, room: self.taken.append((trio.current_time(), room)),
         )
         self.results: list[Result | str] = []
 
@@ -201,19 +201,19 @@ async def test_a_lease_lost_between_attempts_stops_them(autojump_clock: Clock) -
 
 
 async def test_lanes_are_the_concurrency_and_the_mailbox_is_bounded(autojump_clock: Clock) -> None:
-    office = Office(lanes=2, capacity=1, takes=1.0)
+    office = Office(lanes=2, waiting=1, takes=1.0)
     async with office.open():
         assert office.counterpart.open_lanes == 2
         async with trio.open_nursery() as nursery:
-            for text in "abc":
+            for text in "abcde":
                 nursery.start_soon(office.note, text)
                 await trio.testing.wait_all_tasks_blocked()
             assert len(office.counterpart.seen) == 2
-            assert office.room == [0, 0]
+            assert office.taken == [(0, True), (0, True)]
             with pytest.raises(MailboxFull):
-                await office.deliver("d")
-        assert trio.current_time() == pytest.approx(2.0)
-        assert office.room == [0, 0, 1.0]
+                await office.deliver("f")
+        assert trio.current_time() == pytest.approx(3.0)
+        assert office.taken == [(0, True), (0, True), (1.0, False), (1.0, False), (2.0, True)]
 
 
 async def test_a_crashed_lane_ends_what_was_in_hand_and_keeps_what_waits(autojump_clock: Clock) -> None:
