@@ -51,7 +51,7 @@ def requests_for(port: int) -> Iterator[bytes]:
     """Signed webhooks without end, each with a new id."""
     population = Population()
     for index in count():
-        yield request_bytes(population.bodies(1, index)[0], SECRET.encode(), f"127.0.0.1:{port}")
+        yield request_bytes(population.bodies(1, index)[0], SECRET, f"127.0.0.1:{port}")
 
 
 def start_server(home: Path, port: int) -> Server:

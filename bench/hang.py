@@ -145,9 +145,10 @@ class Reports:
 async def _accounts(dsn: str) -> Accounts:
     connection = await asyncpg.connect(dsn)
     try:
-        problems = list((await recount(connection)).problems)
-        rows = await connection.fetch(_PLACES)
-        recoverable = len(await connection.fetch(statements("journal")["undelivered"]))
+        async with connection.transaction(isolation="repeatable_read"):  # what waits goes on being deferred
+            problems = list((await recount(connection)).problems)
+            rows = await connection.fetch(_PLACES)
+            recoverable = len(await connection.fetch(statements("journal")["undelivered"]))
     finally:
         await connection.close()
     places: dict[str, dict[str, int]] = {text: {} for text in TEXTS}
@@ -166,7 +167,7 @@ def acked_of(loads: Sequence[Round], text: int) -> int:
 
 
 def waits(places: dict[str, int]) -> int:
-    """How many wait for the service that hangs: before its breaker opened, and in their turn after that."""
+    """How many wait for the service that hangs: in its line, and, once they lost patience, in their turn."""
     return places.get("journaled", 0) + places.get("deferred", 0)
 
 

@@ -260,9 +260,8 @@ class Generator:
 def build_requests(spec: LoadSpec) -> list[bytes]:
     """All requests of a run, signed, with ids that no other run uses."""
     population = Population(spec.senders, spec.texts, spec.tag or new_run_tag())
-    secret = spec.secret.encode()
     host = f"{spec.host}:{spec.port}"
-    return [request_bytes(body, secret, host, spec.path) for body in population.bodies(spec.requests)]
+    return [request_bytes(body, spec.secret, host, spec.path) for body in population.bodies(spec.requests)]
 
 
 def run_load(spec: LoadSpec, requests: Sequence[bytes]) -> LoadResult:

@@ -1,15 +1,15 @@
 """Signed WhatsApp webhook requests as ready bytes, for the load generator and the cold-start probe.
 
-Nothing here sends anything.
+The bodies are the simulator's. Nothing here sends anything.
 """
 
 import base64
-import hmac
-import json
 import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from router.simulator import payloads, signature
 
 BODY_SIZE = 600
 WEBHOOK_PATH = "/webhooks/whatsapp"
@@ -30,11 +30,6 @@ _FILLER = "Uwase Mukamana "
 def new_run_tag() -> str:
     """Eight characters that keep the message ids of two runs apart."""
     return secrets.token_hex(4)
-
-
-def sign(secret: bytes, body: bytes) -> str:
-    """The value of `X-Hub-Signature-256` for this body."""
-    return "sha256=" + hmac.digest(secret, body, "sha256").hex()
 
 
 @dataclass(frozen=True)
@@ -85,28 +80,17 @@ class Population:
         return prefix, middle, suffix, rest
 
     def _encode(self, text: str, name: str) -> str:
-        message = {
-            "from": "SENDER",
-            "id": "WAMID",
-            "timestamp": str(int(time.time())),
-            "text": {"body": text},
-            "type": "text",
-        }
-        value = {
-            "messaging_product": "whatsapp",
-            "metadata": {"display_phone_number": "250788000000", "phone_number_id": self.phone_number_id},
-            "contacts": [{"profile": {"name": name}, "wa_id": "SENDER"}],
-            "messages": [message],
-        }
-        change = {"value": value, "field": "messages"}
-        body = {
-            "object": "whatsapp_business_account",
-            "entry": [{"id": "102290129340398", "changes": [change]}],
-        }
-        return json.dumps(body, separators=(",", ":"))
+        head = payloads.Head("WAMID", "SENDER", int(time.time()))
+        change = payloads.change(
+            self.phone_number_id,
+            "250788000000",
+            contacts=[payloads.contact(name, "SENDER")],
+            messages=[payloads.text_message(head, text)],
+        )
+        return payloads.body(payloads.entry("102290129340398", change)).decode()
 
 
-def request_bytes(body: bytes, secret: bytes, host: str, path: str = WEBHOOK_PATH) -> bytes:
+def request_bytes(body: bytes, secret: str, host: str, path: str = WEBHOOK_PATH) -> bytes:
     """One whole HTTP/1.1 request with the headers that Meta's webhooks carry."""
     head = (
         f"POST {path} HTTP/1.1\r\n"
@@ -115,7 +99,7 @@ def request_bytes(body: bytes, secret: bytes, host: str, path: str = WEBHOOK_PAT
         "Accept: */*\r\n"
         "Content-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\n"
-        f"X-Hub-Signature-256: {sign(secret, body)}\r\n"
+        f"X-Hub-Signature-256: {signature(secret, body)}\r\n"
         "\r\n"
     )
     return head.encode() + body

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from bench.payloads import BODY_SIZE, DEFAULT_TEXTS, Population, request_bytes, sign
+from bench.payloads import BODY_SIZE, DEFAULT_TEXTS, Population, request_bytes
 
 
 def test_every_body_has_exactly_the_stated_size():
@@ -50,10 +50,10 @@ def test_a_text_that_does_not_fit_is_refused():
 
 def test_request_carries_a_signature_that_verifies():
     body = Population().bodies(1)[0]
-    request = request_bytes(body, b"secret", "127.0.0.1:8080")
+    request = request_bytes(body, "secret", "127.0.0.1:8080")
     head, _, sent = request.partition(b"\r\n\r\n")
     headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n")[1:])
     expected = hmac.new(b"secret", sent, hashlib.sha256).hexdigest()
     assert sent == body
-    assert headers["X-Hub-Signature-256"] == f"sha256={expected}" == sign(b"secret", body)
+    assert headers["X-Hub-Signature-256"] == f"sha256={expected}"
     assert headers["Content-Length"] == "600"

@@ -40,8 +40,8 @@ def status_of(port: int, request: bytes) -> str:
 @pytest.mark.parametrize("target", [FASTAPI, QUART], ids=lambda target: target.name)
 async def test_peer_stores_each_signed_message_once(target, home):
     async with running(target, home) as peer:
-        first, second = (request_bytes(body, SECRET.encode(), "127.0.0.1") for body in Population().bodies(2))
-        forged = request_bytes(Population().bodies(1)[0], b"another secret", "127.0.0.1")
+        first, second = (request_bytes(body, SECRET, "127.0.0.1") for body in Population().bodies(2))
+        forged = request_bytes(Population().bodies(1)[0], "another secret", "127.0.0.1")
         for request, status in ((first, "200"), (first, "200"), (second, "200"), (forged, "401")):
             assert await trio.to_thread.run_sync(status_of, peer.port, request) == status
         assert await trio.to_thread.run_sync(peer.count_rows) == 2
@@ -58,6 +58,6 @@ async def test_peer_stores_each_signed_message_once(target, home):
 @pytest.mark.parametrize("target", [FASTAPI_BARE, QUART_HELLO], ids=lambda target: target.name)
 async def test_peer_without_its_work_only_answers(target, home):
     async with running(target, home) as peer:
-        request = request_bytes(b"{}", b"nobody checks", "127.0.0.1")
+        request = request_bytes(b"{}", "nobody checks", "127.0.0.1")
         assert await trio.to_thread.run_sync(status_of, peer.port, request) == "200"
         assert peer.count_rows() is None
