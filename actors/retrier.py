@@ -39,11 +39,13 @@ class _Line:
 
     @property
     def room(self) -> int:
-        """As many as the service has lanes; one while its breaker is open and may be tried."""
+        """Twice as many as the service has lanes, so that one waits for each lane; one while its breaker is
+        open and may be tried.
+        """
         if self.service is None:
             return PAGE // 2
         if self.service.breaker.state is BreakerState.CLOSED:
-            return min(self.service.lanes, PAGE // 2)
+            return min(2 * self.service.lanes, PAGE // 2)
         return int(self.service.breaker.probe_in() == 0.0)
 
 
@@ -52,7 +54,7 @@ class Retrier:
     claims one letter of each (conversation, service) at a time, until no more is due or ten seconds have
     passed: the next run goes on with the rest.
 
-    No more letters of a service are with sessions at once than it has lanes, and none while its breaker is
+    No more letters of a service are with sessions at once than twice its lanes, and none while its breaker is
     open; a service that takes long holds up the letters of no other. What is out when this ends is claimed
     again by the next one.
     """
