@@ -14,6 +14,7 @@ import trio
 from .errors import JournalUnavailable
 from .kernel import Family, MailboxClosed, MailboxFull
 from .kernel.family import FamilyChild
+from .lines import Lines
 from .messages import Completion, Item, Turn
 from .ports import Journal
 
@@ -21,9 +22,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _PAGE = 64  # seqs in one read of the journal
-_AT_ONCE = 4  # sessions that get a backlog before all else has a turn: what just came waits for no more
+_AT_ONCE = 4  # sessions that get theirs before all else has a turn: what just came waits for no more
 _BUFFERED = 64  # flushes of this process kept while the tail is read
-_PAUSE = 0.02  # seconds between the next few of a line who waited in vain: they are many at once
 _WINDOW = 20_000  # unfinished span beyond which old seqs are set apart as stragglers
 
 
@@ -35,8 +35,7 @@ class _Conversation:
     backlog: deque[int] = field(default_factory=deque)  # only in the journal, oldest first
     uncommitted: deque[Item] = field(default_factory=deque)  # finished by the child, not yet committed
     committed_early: bool = False  # the oldest held one, before the child could say that it is finished
-    waits_for: str | None = None  # the service it stands in line for
-    waits_since: float = 0.0  # trio's clock
+    in_line: bool = False  # for a service
     window: int | None = None  # items read for it at once, after it had to give some back; None: all it holds
     queued: bool = False  # in the ready line or being paged in
 
@@ -85,15 +84,11 @@ class Dispatcher:
         self._sweep_every = sweep_every
         self._on_crash = on_crash
         self._on_replay_lost = on_replay_lost
-        self._patience = patience
         self._retry_after = retry_after
         self._family: Family[str, Item] = Family(make, capacity=hold, idle=idle, on_end=self._ended)
         self._conversations: dict[str, _Conversation] = {}
         self._ready: deque[str] = deque()
-        self._line: dict[str, deque[str]] = {}  # service -> sessions that stand in line for it
-        self._called: dict[str, str] = {}  # session -> the service that called it out of the line
-        self._turned_away: dict[str, str] = {}  # session -> the service that it stood in line for in vain
-        self._taken: dict[str, float] = {}  # service -> when it last took a delivery, on trio's clock
+        self._lines = Lines(patience=patience, leave=self._left_line)
         self._open: set[int] = set()  # every undelivered seq that was seen
         self._order: deque[int] = deque()  # the same, oldest first, with finished ones still in between
         self._stragglers: set[int] = set()
@@ -112,7 +107,6 @@ class Dispatcher:
         self._crashes = 0
         self._wake_pager = trio.Event()
         self._wake_tail = trio.Event()
-        self._wake_patience = trio.Event()
         self._crash = trio.Event()
 
     # What the rest of the tree calls
@@ -142,44 +136,32 @@ class Dispatcher:
         conversation = self._conversations.setdefault(item.session_key, _Conversation())
         given = (
             not conversation.backlog
-            and conversation.waits_for is None
+            and not conversation.in_line
             and self._give(item.session_key, conversation, item)
         )
         self._forget_if_done(item.session_key, conversation)
         return given
 
     def turn(self, key: str, service: str) -> Turn:
-        if self._turned_away.pop(key, None) == service:
-            return Turn.TOO_LATE
-        if self._called.get(key) == service:
-            del self._called[key]  # used: the lane that takes the delivery calls the next one
-            return Turn.CALLED
-        in_line = service in self._line or service in self._called.values()
-        return Turn.IN_LINE if in_line else Turn.FREE
+        return self._lines.turn(key, service)
 
     def park(self, key: str, service: str) -> None:
         conversation = self._conversations[key]
         self._family.take_back(key)
         self._give_back(conversation)
-        called = self._called.pop(key, None)
-        self._turned_away.pop(key, None)
+        self._lines.give_up(key)  # it may have been called by another service
         # It will be called for one delivery, and what is read beyond that for it is likely to be given back.
         conversation.window = 1
         if conversation.backlog:
-            conversation.waits_for, conversation.waits_since = service, trio.current_time()
-            self._line.setdefault(service, deque()).append(key)
-            self._wake_patience.set()
-        if called is not None and called != service:
-            self._call(called)
+            conversation.in_line = True
+            self._lines.join(key, service)
         self._forget_if_done(key, conversation)
         if self._ready:
             self._wake_pager.set()  # others wait for a seat, and this one falls idle
 
     def taken(self, service: str, room: bool) -> None:
-        """A lane of that service took one. If there is `room`, the first session in its line may try."""
-        self._taken[service] = trio.current_time()
-        if room:
-            self._call(service)
+        """A lane of that service took a delivery, and there is `room` for another one, or not."""
+        self._lines.taken(service, room)
 
     def finished(self, key: str, item: Item) -> None:
         conversation = self._conversations[key]
@@ -191,7 +173,7 @@ class Dispatcher:
             self._release_waiters()
         else:
             conversation.uncommitted.append(item)
-        self._uncall(key)
+        self._lines.give_up(key)
         if conversation.backlog and len(conversation.held) * 2 <= self._hold:
             self._enqueue(key, conversation)
         if self._ready and not conversation.held:
@@ -246,7 +228,7 @@ class Dispatcher:
             held=sum(len(c.held) for c in self._conversations.values()),
             backlog=self._backlog_size,
             live_sessions=len(self._family),
-            waiting_for={service: len(line) for service, line in self._line.items()},
+            waiting_for=self._lines.lengths(),
             newest=self._newest,
             low_water=self._order[0] if self._order else self._newest + 1,
             crashes=self._crashes,
@@ -264,7 +246,7 @@ class Dispatcher:
                 self._follow_tail,
                 self._sweep,
                 self._calm_down,
-                self._lose_patience,
+                self._lines.run,
             ):
                 nursery.start_soon(task)
             await self._family.ended.wait()
@@ -342,31 +324,8 @@ class Dispatcher:
             crashed, self._crashed = self._crashed, []
             for key in crashed:
                 conversation = self._conversations.get(key)
-                if conversation is not None and conversation.waits_for is None:
+                if conversation is not None and not conversation.in_line:
                     self._enqueue(key, conversation)
-
-    async def _lose_patience(self) -> None:
-        """A service that takes nothing for so long is no longer waited for: its line breaks up, the oldest
-        first, and what was for it is deferred.
-        """
-        while True:
-            await self._wake_patience.wait()
-            self._wake_patience = trio.Event()
-            while self._line:
-                await trio.sleep_until(min(map(self._waits_until, self._line)))
-                now = trio.current_time()
-                for service in list(self._line):
-                    for _ in range(_AT_ONCE):
-                        if service in self._line and self._waits_until(service) <= now:
-                            key = self._leave_line(service)
-                            self._turned_away[key] = service
-                            self._conversations[key].window = None
-                await trio.sleep(_PAUSE)
-
-    def _waits_until(self, service: str) -> float:
-        """When the first in that line has waited long enough, on trio's clock."""
-        first = self._conversations[self._line[service][0]]
-        return max(first.waits_since, self._taken.get(service, 0.0)) + self._patience(service)
 
     async def _page_in(self) -> None:
         """Bring sessions with a backlog their next messages, many sessions in one read."""
@@ -401,7 +360,7 @@ class Dispatcher:
             self._ready.popleft()
             conversation = self._conversations[key]
             room = self._hold - len(conversation.held)
-            if room <= 0 or conversation.waits_for is not None or not conversation.backlog:
+            if room <= 0 or conversation.in_line or not conversation.backlog:
                 conversation.queued = False
                 self._forget_if_done(key, conversation)
                 continue
@@ -414,11 +373,7 @@ class Dispatcher:
     def _hand_out(self, wanted: dict[int, str], items: dict[int, Item]) -> None:
         for seq, key in wanted.items():
             conversation = self._conversations[key]
-            if (
-                conversation.waits_for is not None
-                or not conversation.backlog
-                or conversation.backlog[0] != seq
-            ):
+            if conversation.in_line or not conversation.backlog or conversation.backlog[0] != seq:
                 continue  # it stands in line by now, or an earlier one could not be given
             item = items.get(seq)
             if item is None:  # erased: nothing is left to deliver
@@ -434,7 +389,7 @@ class Dispatcher:
             conversation = self._conversations[key]
             conversation.queued = False
             if not conversation.held:
-                self._uncall(key)
+                self._lines.give_up(key)
                 self._enqueue(key, conversation)
             self._forget_if_done(key, conversation)
         if not wanted.keys() <= items.keys():
@@ -456,14 +411,14 @@ class Dispatcher:
         if (
             item is not None
             and not conversation.backlog
-            and conversation.waits_for is None
+            and not conversation.in_line
             and self._has_seat(key)
             and self._give(key, conversation, item)
         ):
             return
         conversation.backlog.append(seq)
         self._backlog_size += 1
-        if not conversation.held and conversation.waits_for is None and key not in self._crashed:
+        if not conversation.held and not conversation.in_line and key not in self._crashed:
             self._enqueue(key, conversation)
 
     def _has_seat(self, key: str) -> bool:
@@ -505,11 +460,11 @@ class Dispatcher:
             if conversation.held:
                 self._attempted.add(conversation.held[0].seq)
                 self._give_back(conversation)
-                self._uncall(key)
+                self._lines.give_up(key)
             if conversation.backlog and crash is not None:
                 self._crashed.append(key)
                 self._crash.set()
-            elif conversation.waits_for is None:
+            elif not conversation.in_line:
                 self._enqueue(key, conversation)
             self._forget_if_done(key, conversation)
         if self._ready:
@@ -519,27 +474,12 @@ class Dispatcher:
         self._stragglers.add(seq)
         self._new_stragglers.append(seq)
 
-    def _call(self, service: str) -> None:
-        if service in self._line:
-            self._called[self._leave_line(service)] = service
-
-    def _leave_line(self, service: str) -> str:
-        """The first session in that line gets its messages again."""
-        line = self._line[service]
-        key = line.popleft()
-        if not line:
-            del self._line[service]
+    def _left_line(self, key: str, in_vain: bool) -> None:
         conversation = self._conversations[key]
-        conversation.waits_for = None
+        conversation.in_line = False
+        if in_vain:
+            conversation.window = None  # it need not stand there again
         self._enqueue(key, conversation)
-        return key
-
-    def _uncall(self, key: str) -> None:
-        """The session came out of a line and has no use for it: the next one may try."""
-        self._turned_away.pop(key, None)
-        service = self._called.pop(key, None)
-        if service is not None:
-            self._call(service)
 
     def _enqueue(self, key: str, conversation: _Conversation) -> None:
         if not conversation.queued and conversation.backlog:
@@ -553,7 +493,7 @@ class Dispatcher:
             or conversation.backlog
             or conversation.uncommitted
             or conversation.queued
-            or conversation.waits_for
+            or conversation.in_line
         ):
             self._conversations.pop(key, None)
 
