@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 _PAGE = 64  # seqs in one read of the journal
 _AT_ONCE = 4  # sessions that get theirs before all else has a turn: what just came waits for no more
+_LONGEST_REST = 0.05  # seconds between two reads: one may have waited for the database
 _BUFFERED = 64  # flushes of this process kept while the tail is read
 _WINDOW = 20_000  # unfinished span beyond which old seqs are set apart as stragglers
 
@@ -159,8 +160,8 @@ class Dispatcher:
         if self._ready:
             self._wake_pager.set()  # others wait for a seat, and this one falls idle
 
-    def taken(self, service: str, room: bool) -> None:
-        """A lane of that service took a delivery, and there is `room` for another one, or not."""
+    def taken(self, service: str, room: int) -> None:
+        """A lane of that service took a delivery, and there is `room` for so many."""
         self._lines.taken(service, room)
 
     def finished(self, key: str, item: Item) -> None:
@@ -345,7 +346,7 @@ class Dispatcher:
                     self._hand_out(part, found)
                     await trio.lowlevel.checkpoint()
                 if self._newest != newest:  # half of the time belongs to what comes
-                    await trio.sleep(trio.current_time() - began)
+                    await trio.sleep(min(trio.current_time() - began, _LONGEST_REST))
 
     def _next_page(self) -> dict[int, str]:
         wanted: dict[int, str] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from math import inf
 
 import trio
 
@@ -40,13 +41,18 @@ class Lines:
 
     def join(self, key: str, service: str) -> None:
         """The session stands at the end of the line; it must not stand in any yet."""
-        self._lines.setdefault(service, deque()).append((key, trio.current_time()))
-        self._wake.set()
+        if service not in self._lines:
+            self._lines[service] = deque()
+            self._wake.set()
+        self._lines[service].append((key, trio.current_time()))
 
-    def taken(self, service: str, room: bool) -> None:
-        """A lane of that service took a delivery. If there is `room`, the first in line may try."""
+    def taken(self, service: str, room: int) -> None:
+        """A lane of that service took a delivery, and there is room for so many: as many may try, with those
+        that are on their way.
+        """
         self._taken[service] = trio.current_time()
-        if room:
+        coming = list(self._called.values()).count(service)
+        for _ in range(room - coming):
             self._call(service)
 
     def give_up(self, key: str) -> None:
@@ -64,16 +70,17 @@ class Lines:
         first.
         """
         while True:
-            await self._wake.wait()
+            with trio.move_on_at(min(map(self._waits_until, self._lines), default=inf)):
+                await self._wake.wait()
             self._wake = trio.Event()
-            while self._lines:
-                await trio.sleep_until(min(map(self._waits_until, self._lines)))
-                now = trio.current_time()
-                for service in list(self._lines):
-                    for _ in range(_AT_ONCE):
-                        if service in self._lines and self._waits_until(service) <= now:
-                            self._let_go(service, self._turned_away)
-                await trio.sleep(_PAUSE)
+            now = trio.current_time()
+            for service in list(self._lines):
+                if service in self._called.values():
+                    self._taken[service] = now  # it is not the service that is waited for
+                for _ in range(_AT_ONCE):
+                    if service in self._lines and self._waits_until(service) <= now:
+                        self._let_go(service, self._turned_away)
+            await trio.sleep(_PAUSE)
 
     def _waits_until(self, service: str) -> float:
         _, since = self._lines[service][0]

@@ -232,7 +232,7 @@ class Turn(enum.Enum):
     FREE = enum.auto()  # go, if there is room: nobody stands in line
     CALLED = enum.auto()  # go: it was the first in line
     IN_LINE = enum.auto()  # wait behind others
-    TOO_LATE = enum.auto()  # wait no more: it stood in line in vain
+    TOO_LATE = enum.auto()  # go, if there is room, and else wait no more: it stood in line in vain
 
 
 class Place(enum.StrEnum):

@@ -78,8 +78,8 @@ class Service:
     """`lanes` tasks take deliveries from one mailbox. `may_attempt` is asked before every attempt: it
     is false while the lease is not known to be held. `strict`: a conversation waits behind its dead letters.
     `waiting` deliveries may wait for a lane, and beyond them as many dead letters as there are lanes: however
-    many messages come, these get their share. `on_taken` is told when a lane takes a delivery, and whether
-    another one may wait now.
+    many messages come, these get their share. `on_taken` is told when a lane takes a delivery, and how
+    many more may wait now.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Service:
         strict: bool,
         breaker: Breaker,
         may_attempt: Callable[[], bool],
-        on_taken: Callable[[str, bool], None],
+        on_taken: Callable[[str, int], None],
     ) -> None:
         self.name = name
         self.address: Address[Deliver] = Address(f"service/{name}", waiting + lanes)
@@ -115,9 +115,9 @@ class Service:
         self._on_taken = on_taken
 
     @property
-    def busy(self) -> bool:
-        """As many deliveries wait for a lane as may."""
-        return len(self.address.mailbox) >= self._waiting
+    def room(self) -> int:
+        """How many more deliveries may wait for a lane, dead letters apart."""
+        return max(0, self._waiting - len(self.address.mailbox))
 
     async def run(self) -> None:
         """Until the mailbox is closed and every lane has finished what it held."""
@@ -136,7 +136,7 @@ class Service:
                     [delivery] = await self.address.mailbox.drain(1)
                 except MailboxClosed:
                     return
-                self._on_taken(self.name, not self.busy)
+                self._on_taken(self.name, self.room)
                 try:
                     delivery.promise.answer(await self._deliver(handler, delivery.envelope))
                 except NotOwner as refusal:

@@ -164,9 +164,9 @@ class SessionActor:
             if self._deferrals.holds(self._key, domain):
                 return Deferred("an earlier message of the conversation waits")
             turn = self._conversations.turn(self._key, domain)
-            if turn is Turn.TOO_LATE:
+            if turn is Turn.TOO_LATE and not service.room:
                 return Deferred("the service takes nothing")
-            if turn is Turn.IN_LINE or (turn is Turn.FREE and service.busy):
+            if turn is Turn.IN_LINE or (turn is Turn.FREE and not service.room):
                 self._conversations.park(self._key, domain)
                 return None
         envelope = Envelope(

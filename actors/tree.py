@@ -322,7 +322,7 @@ class DeliveryTree:
         if self.dispatcher is not None:
             self.dispatcher.close()
 
-    def _taken(self, service: str, room: bool) -> None:
+    def _taken(self, service: str, room: int) -> None:
         if self.dispatcher is not None:
             self.dispatcher.taken(service, room)
 

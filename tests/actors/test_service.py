@@ -28,7 +28,7 @@ class Office:
     ) -> None:
         self.counterpart = Counterpart(takes=takes)
         self.held = True
-        self.taken: list[tuple[float, bool]] = []
+        self.taken: list[tuple[float, int]] = []
         self.crashes: list[Exception] = []
         self.service = service(
             "rides",
@@ -209,11 +209,11 @@ async def test_lanes_are_the_concurrency_and_the_mailbox_is_bounded(autojump_clo
                 nursery.start_soon(office.note, text)
                 await trio.testing.wait_all_tasks_blocked()
             assert len(office.counterpart.seen) == 2
-            assert office.taken == [(0, True), (0, True)]
+            assert office.taken == [(0, 1), (0, 1)]
             with pytest.raises(MailboxFull):
                 await office.deliver("f")
         assert trio.current_time() == pytest.approx(3.0)
-        assert office.taken == [(0, True), (0, True), (1.0, False), (1.0, False), (2.0, True)]
+        assert office.taken == [(0, 1), (0, 1), (1.0, 0), (1.0, 0), (2.0, 1)]
 
 
 async def test_a_crashed_lane_ends_what_was_in_hand_and_keeps_what_waits(autojump_clock: Clock) -> None:
