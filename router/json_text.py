@@ -26,9 +26,6 @@ def _replaced(match: re.Match[str]) -> str:
     return escape if escape == "\\\\" or len(escape) == 12 else "\\ufffd"
 
 
-_AS_JSON_DOES = (
-    orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_SUBCLASS
-)
 _WRITER = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 _ANY_WRITER = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"), default=str)
 
@@ -76,10 +73,7 @@ def storable(value: Any) -> str:
     """JSON text that jsonb takes: NUL and lone surrogates, which it has no room for, become U+FFFD, NaN
     and infinities null.
     """
-    try:
-        text = orjson.dumps(value, option=_AS_JSON_DOES).decode()
-    except TypeError:
-        text = _written(_ANY_WRITER, value)
+    text = _written(_ANY_WRITER, value)
     return _ESCAPES.sub(_replaced, text) if "\\u" in text else text
 
 
