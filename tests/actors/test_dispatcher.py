@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors import dispatcher as dispatcher_module
+from actors.errors import JournalUnavailable
 from actors.messages import Completion, Place
 
 Clock = trio.testing.MockClock
@@ -75,6 +76,19 @@ async def test_a_journal_that_is_away_is_waited_for(autojump_clock: Clock) -> No
         rig.dispatcher.look()
         await rig.finish()
     assert rig.decided() == rides("a", "b", "c")
+
+
+async def test_after_an_absence_of_the_journal_no_page_waits_for_as_long_again(autojump_clock: Clock) -> None:
+    rig = Rig(hold=1)
+    rig.journal.fail("read", *(JournalUnavailable("away") for _ in range(12)))
+    async with rig.running():
+        rig.say(*rides("a", "b", "c"))
+        await trio.sleep(40)
+        assert rig.decided() == rides("a")
+        rig.say("jobs:x", sender="z")
+        await trio.sleep(9)
+        assert rig.decided("1") == rides("a", "b", "c")
+        await rig.finish()
 
 
 async def test_a_slow_session_delays_no_other(autojump_clock: Clock) -> None:
