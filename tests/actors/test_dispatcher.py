@@ -179,6 +179,26 @@ async def test_who_stands_in_line_in_vain_is_deferred_and_goes_on(autojump_clock
     assert places == [Place.DEFERRED, Place.DEFERRED, Place.DELIVERED, Place.HANDLED, Place.DEFERRED]
 
 
+async def test_who_lost_patience_is_delivered_all_the_same_where_there_is_room_by_then(
+    autojump_clock: Clock,
+) -> None:
+    rig = Rig(waiting=1, takes=1.5, patience=1.0, max_live=20)
+
+    async def slow_read(method: str) -> None:
+        if method == "read":
+            await trio.sleep(1.0)
+
+    rig.journal.before = slow_read
+    async with rig.running():
+        for sender in "abc":
+            rig.say(f"rides:{sender}", sender=sender)
+            await trio.testing.wait_all_tasks_blocked()
+        await trio.sleep(1.1)
+        assert rig.dispatcher.statistics().waiting_for == {}  # turned away, and being read
+        await rig.finish()
+    assert rig.counterparts["rides"].texts == rides(*"abc")
+
+
 async def test_a_line_waits_for_a_service_that_takes_something_now_and_then(autojump_clock: Clock) -> None:
     rig = Rig(waiting=1, takes=0.9, patience=1.0, max_live=20)
     async with rig.running():

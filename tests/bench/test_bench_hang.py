@@ -106,5 +106,6 @@ def test_a_short_call(tmp_path: Path):
     assert [one["lost"] for one in result["rounds"]] == [[], []]
     calm, hung = (one["accounts"]["insurance"] for one in result["rounds"])
     assert set(calm) == {"delivered"}
+    assert hung
     assert set(hung) <= {"journaled", "deferred"}
     assert result["offered_per_second"] == pytest.approx(0.4 * result["saturation_per_second"])
