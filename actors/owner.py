@@ -44,6 +44,10 @@ class Owner:
         if self.tree is not None:
             self.tree.replay()
 
+    def look_at_jobs(self) -> None:
+        if self.tree is not None:
+            self.tree.look_at_jobs()
+
     def drain(self) -> None:
         """Finish what is in hand, give the lease back, end."""
         self._drain.set()

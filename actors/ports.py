@@ -90,10 +90,17 @@ class Journal(Protocol):
         """The (session key, service) that have a pending or processing dead letter which keeps the order."""
 
     async def log_retry_run(
-        self, epoch: int, *, processed: int, failed: int, error: str | None, services: Sequence[str]
+        self,
+        epoch: int,
+        *,
+        took: float,
+        processed: int,
+        failed: int,
+        error: str | None,
+        services: Sequence[str],
     ) -> Mapping[str, float]:
-        """Put a run on record; returns the seconds until the next letter is due, by service: of these
-        services, and of others for which somebody asked.
+        """Put a run on record that took so many seconds; returns the seconds until the next letter is due,
+        by service: of these services, and of others for which somebody asked.
 
         Raises:
             LeaseLost: the epoch is over.
@@ -119,6 +126,32 @@ class Outbox(Protocol):
         Raises:
             LeaseLost: the epoch is over.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to be done when: `schedule` is followed from `followed_to` on; `requested`: somebody wants it
+    done now, whether it is `active` or not."""
+
+    name: str
+    schedule: str
+    active: bool
+    followed_to: datetime
+    requested: bool
+
+
+class JobLog(Protocol):
+    """The jobs and their runs. Every method raises JournalUnavailable when it cannot reach them, and
+    LeaseLost when the epoch is over.
+    """
+
+    async def jobs(self, epoch: int) -> list[Job]: ...
+
+    async def begin(self, epoch: int, name: str) -> int:
+        """Put the start of a run on record; returns its number. A run of that job that was never ended was
+        interrupted: it is put on record as failed."""
+
+    async def end(self, epoch: int, run: int, *, failed: bool, message: str) -> None: ...
 
 
 class Sender(Protocol):

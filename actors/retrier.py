@@ -156,6 +156,7 @@ class Retrier:
         """Returns the seconds until the next letter of each service is due."""
         self._error = None
         self._running = True
+        began = trio.current_time()
         try:
             await self._begin()
         except JournalUnavailable as trouble:
@@ -166,7 +167,7 @@ class Retrier:
                 for line in filter(self._may_have_letters, self._lines):
                     nursery.start_soon(self._work_off, line, until)
         self._running = False
-        return await self._put_on_record()
+        return await self._put_on_record(trio.current_time() - began)
 
     def _may_have_letters(self, line: _Line) -> bool:
         if self._look_everywhere or line.out:
@@ -240,7 +241,7 @@ class Retrier:
         line.out -= len(line.waiting)
         line.waiting.clear()
 
-    async def _put_on_record(self) -> Mapping[str, float]:
+    async def _put_on_record(self, took: float) -> Mapping[str, float]:
         """Also a run that failed, once the database is there again."""
         wait = _NO_ROOM
         while True:
@@ -251,6 +252,7 @@ class Retrier:
                 self._going.clear()
                 due = await self._journal.log_retry_run(
                     self._epoch,
+                    took=took,
                     processed=processed,
                     failed=failed,
                     error=self._error,

@@ -17,11 +17,12 @@ from .completer import Completer
 from .deferrals import Deferrals
 from .dispatcher import Dispatcher
 from .errors import JournalUnavailable, LeaseLost
+from .janitor import Janitor, NextTime, Work
 from .kernel import Address, ChildSpec, Strategy, Supervisor
 from .loader import Load, SessionLoader
 from .messages import Completion, Item, Session
 from .outbound import OpenSender, Outbound
-from .ports import Clock, Journal, Outbox, RedeliveryPolicy, ResendPolicy, RetryPolicy, RoutePolicy
+from .ports import Clock, JobLog, Journal, Outbox, RedeliveryPolicy, ResendPolicy, RetryPolicy, RoutePolicy
 from .retrier import Retrier
 from .service import OpenLane, Service
 from .session import SessionActor
@@ -59,13 +60,23 @@ class SenderSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JanitorSpec:
+    """Which jobs this process can do, and where it is written down when each is due."""
+
+    log: JobLog
+    work: Mapping[str, Work]
+    next_time: NextTime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TreeSpec:
     """What a delivering side is made of. `session_mailbox` is K; `report(event, error)` gets crashes
     and trouble with the journal, `on_breaker` a service, or "sender", whose breaker has changed. Without a
-    `sender` replies stay where they are."""
+    `sender` replies stay where they are, without a `janitor` no job is done."""
 
     journal: Journal
     sender: SenderSpec | None
+    janitor: JanitorSpec | None
     routes: RoutePolicy
     services: tuple[ServiceSpec, ...]
     retry: RetryPolicy
@@ -86,7 +97,7 @@ class TreeSpec:
 class DeliveryTree:
     """completer <- services <- sessions <- dispatcher. A crash of one restarts what was started after
     it: the dispatcher then reads from the journal again what is undelivered. Behind them, and no concern of
-    theirs, replies are sent from the outbox.
+    theirs, replies are sent from the outbox, and the janitor does its jobs.
     """
 
     def __init__(
@@ -110,6 +121,8 @@ class DeliveryTree:
         self.dispatcher: Dispatcher | None = None
         self._retrier: Retrier | None = None
         self.outbound: Outbound | None = None
+        self._janitor: Janitor | None = None
+        self._end_of_jobs = trio.CancelScope()
         self._supervisor = Supervisor(
             "delivery",
             [
@@ -131,8 +144,11 @@ class DeliveryTree:
         async with trio.open_nursery() as nursery:
             if self._spec.sender is not None:
                 nursery.start_soon(self._supervise_outbound, self._spec.sender)
+            if self._spec.janitor is not None:
+                nursery.start_soon(self._supervise_janitor, self._spec.janitor)
             await self._supervisor.run()
             self._drain_outbound()
+            self._end_of_jobs.cancel()
 
     async def drain(self) -> None:
         """Sessions finish what they hold, services what they took, the completer what both left."""
@@ -150,6 +166,38 @@ class DeliveryTree:
         """Somebody asked for dead letters to be retried."""
         if self._retrier is not None:
             self._retrier.wake()
+
+    def look_at_jobs(self) -> None:
+        """A job was switched, or somebody asked for a run."""
+        if self._janitor is not None:
+            self._janitor.wake()
+
+    async def _supervise_janitor(self, spec: JanitorSpec) -> None:
+        """A drain does not wait for jobs: whatever they do can be interrupted and done again."""
+        supervisor = Supervisor(
+            "janitor",
+            [ChildSpec("janitor", partial(self._run_janitor, spec), self._end_of_jobs.cancel)],
+            strategy=Strategy.ONE_FOR_ONE,
+            max_restarts=5,
+            period=60,
+            on_crash=self._spec.report,
+        )
+        with self._end_of_jobs:
+            await supervisor.run()
+
+    async def _run_janitor(self, spec: JanitorSpec) -> None:
+        self._janitor = Janitor(
+            spec.log,
+            epoch=self._epoch,
+            work=spec.work,
+            next_time=spec.next_time,
+            clock=self._spec.clock,
+            report=self._spec.report,
+        )
+        try:
+            await self._janitor.run()
+        except* LeaseLost:
+            self._on_lease_lost()
 
     async def _supervise_outbound(self, spec: SenderSpec) -> None:
         supervisor = Supervisor(

@@ -20,7 +20,7 @@ from actors.messages import Delivery, Envelope
 from actors.outbound import OutboundStatistics
 from actors.owner import Owner
 from actors.ports import Clock
-from actors.tree import SenderSpec, ServiceSpec, TreeSpec
+from actors.tree import JanitorSpec, SenderSpec, ServiceSpec, TreeSpec
 from actors.unspooler import Unspooler
 from router.accept import Webhooks, is_correlation_id, is_traceparent
 from router.clock import utc_now
@@ -31,16 +31,19 @@ from router.delivery import graph, http, in_process
 from router.delivery.in_process import HandlerFunction
 from router.domains import canonical_domain
 from router.home_menu import HomeMenu, MenuRow
+from router.housekeeping import Housekeeping
 from router.inbound import body_of
 from router.observe.logs import get_logger
 from router.postgres.bridge import Bridge, open_bridge
 from router.postgres.errors import describe
+from router.postgres.jobs import PostgresJobs
 from router.postgres.journal import PATIENCE, WITH_A_SPOOL, PostgresJournal
 from router.postgres.lease import PostgresLease
 from router.postgres.migrate import MigrationError
 from router.postgres.outbox import PostgresOutbox
 from router.retry import REDELIVERY, Backoff
 from router.routing import Routes
+from router.schedule import next_time
 from router.spool.directory import SpoolDirectory
 
 _log = get_logger("postroom")
@@ -110,7 +113,11 @@ class Router:
                 f"handlers for domains that the configuration does not have: {', '.join(unknown)}"
             )
         self._lease = PostgresLease(
-            bridge, dsn, on_journal=lambda: self._owner.look(), on_dead_letters=lambda: self._owner.replay()
+            bridge,
+            dsn,
+            on_journal=lambda: self._owner.look(),
+            on_dead_letters=lambda: self._owner.replay(),
+            on_jobs=lambda: self._owner.look_at_jobs(),
         )
         limits = config.limits
         self.journal = PostgresJournal(
@@ -121,7 +128,11 @@ class Router:
             notify=lambda: not self._lease.held(),
             patience=WITH_A_SPOOL if limits.spool_max_bytes else PATIENCE,
             sends=config.sender is not None,
+            on_homeless=_report_homeless,
         )
+        self._jobs = PostgresJobs(bridge, dsn, clock=clock)
+        session_ttl = timedelta(hours=config.session_ttl_hours)
+        housekeeping = Housekeeping(self._jobs, self.journal, session_ttl=session_ttl, clock=clock)
         self._outbox = PostgresOutbox(bridge, dsn, clock=clock)
         retry = Backoff(random_unit)
         self._routes = Routes(config.routing, config.services)
@@ -130,11 +141,12 @@ class Router:
             TreeSpec(
                 journal=self.journal,
                 sender=self._sender_spec(retry),
+                janitor=JanitorSpec(log=self._jobs, work=housekeeping.work, next_time=next_time),
                 routes=self._routes,
                 services=tuple(self._service_specs()),
                 retry=retry,
                 clock=clock,
-                session_ttl=timedelta(hours=config.session_ttl_hours),
+                session_ttl=session_ttl,
                 dead_letter_max_age=timedelta(hours=config.delivery.dead_letter_max_age_hours),
                 session_mailbox=limits.session_mailbox,
                 max_live_sessions=limits.max_live_sessions,
@@ -388,10 +400,11 @@ class Router:
             self.spool.close()  # first: a database that does not answer must not keep it locked
         await self._lease.close()
         await self._outbox.close()
+        await self._jobs.close()
         await self.journal.close()
 
     async def _keep_house(self) -> None:
-        """Partitions are made ahead and the ledger rotates; the menu follows its table."""
+        """The ledger rotates; the menu follows its table."""
         await self._reached.wait()
         next_house = trio.current_time() + _KEEP_HOUSE_EVERY
         while True:
@@ -399,7 +412,7 @@ class Router:
             try:
                 await self._load_menu()
                 if trio.current_time() >= next_house:
-                    await self.journal.keep_house()
+                    await self.journal.rotate_ledger()
                     next_house = trio.current_time() + _KEEP_HOUSE_EVERY
             except JournalUnavailable as error:
                 _report("housekeeping", error)
@@ -449,6 +462,11 @@ def _service_spec(service: ServiceConfig, lane: Any) -> ServiceSpec:
 
 def _report(what: str, error: Exception) -> None:
     _log.warning("trouble", component=what, error=describe(error), exc_info=_unless_expected(error))
+
+
+def _report_homeless(moment: datetime) -> None:
+    """Nobody made partitions ahead, or the clock leapt: both are an operator's business."""
+    _log.error("no partition for the present time; it was made now", component="partitions", time=moment)
 
 
 def _report_spool(event: str, details: Mapping[str, object]) -> None:

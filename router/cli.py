@@ -26,6 +26,7 @@ from router.command import (
 from router.config import Config
 from router.dlq import dlq
 from router.events import events
+from router.jobs import jobs, settings
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -41,6 +42,8 @@ def main() -> None:
 
 main.add_command(dlq)
 main.add_command(events)
+main.add_command(jobs)
+main.add_command(settings)
 
 
 @main.command()

@@ -34,6 +34,7 @@ _LETTERS = statements("dead_letters")
 _CHECK = statements("check")
 _JOURNAL = statements("journal")
 _EVENTS = statements("events")
+_JOBS = statements("jobs")
 _PAGE = 100  # events
 
 
@@ -46,6 +47,10 @@ class UnknownApp(Exception):
             f"event {event_id} is of app {app!r}, which the configuration does not have with its secret; "
             "add it, or set the variable that has the secret"
         )
+
+
+class UnknownJob(Exception):
+    """There is no job of this name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +217,59 @@ class Operations:
         await self._run(lambda c: c.execute(_EVENTS["forget_malformed"], event_id, paths))
         await ingress.append([delivery])
         await self._run(lambda c: c.execute(_EVENTS["mark_reparsed"], utc_now(), actor, event_id, paths))
+
+    # Jobs
+
+    async def jobs(self) -> list[dict[str, Any]]:
+        """Every name of every job, with its switch, its schedule and its last run."""
+        return [dict(row) for row in await self._run(lambda c: c.fetch(_JOBS["list"]))]
+
+    async def job_runs(self, name: str | None, limit: int) -> list[dict[str, Any]]:
+        """The newest runs first: of one job, or of all. Raises UnknownJob."""
+        if name is not None and all(job["name"] != name for job in await self.jobs()):
+            raise UnknownJob(name)
+        return [dict(row) for row in await self._run(lambda c: c.fetch(_JOBS["runs"], name, limit))]
+
+    async def run_job(self, name: str, *, actor: str, within: float) -> dict[str, Any] | None:
+        """Have a job done now by whoever delivers; returns its run, None if nobody did it in that time.
+        Raises UnknownJob."""
+        asked = utc_now()
+        job = await self._of_job(name, _JOBS["request"], asked, actor, name)
+        with trio.move_on_after(within):
+            while True:
+                row = await self._run(lambda c: c.fetchrow(_JOBS["run_since"], job, asked))
+                if row is not None:
+                    return dict(row)
+                await trio.sleep(0.1)
+        return None
+
+    async def switch_job(self, name: str, active: bool, *, actor: str) -> str:
+        """Returns the job's own name. Raises UnknownJob."""
+        return await self._of_job(name, _JOBS["switch"], utc_now(), actor, name, active)
+
+    async def schedule_job(self, name: str, schedule: str, *, actor: str) -> str:
+        """Returns the job's own name. Raises UnknownJob."""
+        return await self._of_job(name, _JOBS["schedule"], utc_now(), actor, name, schedule)
+
+    async def _of_job(self, name: str, statement: str, *arguments: Any) -> str:
+        job: str | None = await self._run(lambda c: c.fetchval(statement, *arguments))
+        if job is None:
+            raise UnknownJob(name)
+        return job
+
+    async def drop_cron_views(self) -> bool:
+        """Whether they were there."""
+        dropped: bool = await self._run(lambda c: c.fetchval(_JOBS["drop_cron_views"]))
+        return dropped
+
+    async def settings(self) -> list[dict[str, Any]]:
+        return [dict(row) for row in await self._run(lambda c: c.fetch(_JOBS["settings"]))]
+
+    async def change_setting(self, name: str, value: int, *, actor: str) -> bool:
+        """Whether there is such a setting."""
+        return bool(
+            await self._run(lambda c: c.fetchval(_JOBS["change_setting"], utc_now(), actor, name, value))
+        )
 
     # Messages
 

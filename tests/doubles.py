@@ -408,7 +408,14 @@ class MemoryJournal:
         return len(old)
 
     async def log_retry_run(
-        self, epoch: int, *, processed: int, failed: int, error: str | None, services: Sequence[str]
+        self,
+        epoch: int,
+        *,
+        took: float,
+        processed: int,
+        failed: int,
+        error: str | None,
+        services: Sequence[str],
     ) -> Mapping[str, float]:
         await self._enter("log_retry_run")
         self._require(epoch)
@@ -535,6 +542,7 @@ def tree_spec(journal: MemoryJournal, *services: ServiceSpec, **changes: Any) ->
     """A small delivering side. The random source is 1."""
     spec = TreeSpec(
         sender=None,
+        janitor=None,
         journal=journal,
         routes=Talk(),
         services=services,

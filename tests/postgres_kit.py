@@ -123,11 +123,21 @@ class Database:
 
     @asynccontextmanager
     async def journal(
-        self, *, clock: Callable[[], datetime] = utc_now, notify: bool = False, sends: bool = False
+        self,
+        *,
+        clock: Callable[[], datetime] = utc_now,
+        notify: bool = False,
+        sends: bool = False,
+        on_homeless: Callable[[datetime], None] = lambda moment: None,
     ) -> AsyncIterator[PostgresJournal]:
         """A journal as one process has it, with its partitions made."""
         journal = PostgresJournal(
-            self.bridge, lambda: self.dsn, clock=clock, notify=lambda: notify, sends=sends
+            self.bridge,
+            lambda: self.dsn,
+            clock=clock,
+            notify=lambda: notify,
+            sends=sends,
+            on_homeless=on_homeless,
         )
         try:
             await journal.keep_house()

@@ -40,6 +40,15 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__} {state}" if state else f"{type(error).__name__}: {error}"
 
 
+def is_homeless(error: BaseException) -> bool:
+    """A partition is missing for a row, which is nobody's data: a violated check without a constraint."""
+    return (
+        isinstance(error, asyncpg.PostgresError)
+        and error.sqlstate == _CHECK_VIOLATION
+        and not getattr(error, "constraint_name", None)
+    )
+
+
 @contextmanager
 def translated(what: str) -> Iterator[None]:
     """Raise JournalUnavailable, JournalRefused or LeaseLost for what the server or the connection raised."""
@@ -48,9 +57,7 @@ def translated(what: str) -> Iterator[None]:
     except asyncpg.PostgresError as error:
         if error.sqlstate == EPOCH_OVER:
             raise LeaseLost(str(error)) from None
-        # Without a constraint it is a partition that is missing, which is nobody's data.
-        homeless = error.sqlstate == _CHECK_VIOLATION and not getattr(error, "constraint_name", None)
-        refused = (error.sqlstate or "").startswith(_OF_THE_DATA) and not homeless
+        refused = (error.sqlstate or "").startswith(_OF_THE_DATA) and not is_homeless(error)
         kind = JournalRefused if refused else JournalUnavailable
         raise kind(f"{what}: {describe(error)}") from error
     except TRANSIENT as error:

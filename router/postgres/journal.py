@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -20,12 +20,14 @@ from actors.ports import Clock
 from . import rows
 from .bridge import Bridge
 from .connections import Line, Lines
-from .errors import FLUSH_GIVEN_UP, TRANSIENT, translated
+from .errors import FLUSH_GIVEN_UP, TRANSIENT, is_homeless, translated
 from .statements import statements
 
 LEDGER_GENERATION = timedelta(days=8)  # dedup is guaranteed for 8 to 16 days (Meta redelivers for 7)
 PARTITIONS_AHEAD = 4  # weeks and months
 _RELEASED_AT_ONCE = 1_000  # dead letters
+_LOCK_ATTEMPTS = 5
+_LOCK_PAUSE = 0.5  # seconds
 PATIENCE = 2.0  # seconds that a flush waits for a database that is just being restarted
 WITH_A_SPOOL = 0.25  # the same, where it need not wait
 FLUSH_SECONDS = 5.0  # a server that does not answer for so long counts as away: a flush takes milliseconds
@@ -34,7 +36,8 @@ FLUSH_SECONDS = 5.0  # a server that does not answer for so long counts as away:
 class PostgresJournal:
     """One per process. `notify` is asked at each flush: true when another process may deliver. `patience`:
     seconds for which a flush is tried before it fails. `sends`: whether replies are to be sent; those that
-    were committed without that never are.
+    were committed without that never are. `on_homeless` is told, in the storage thread, of a flush whose time
+    had no partition; it gets one.
     """
 
     def __init__(
@@ -46,11 +49,13 @@ class PostgresJournal:
         notify: Callable[[], bool],
         patience: float = PATIENCE,
         sends: bool = False,
+        on_homeless: Callable[[datetime], None] = lambda moment: None,
     ) -> None:
         self._bridge = bridge
         self._clock = clock
         self._notify = notify
         self._patience = patience
+        self._on_homeless = on_homeless
         self._reply_status = "pending" if sends else "unsent"
         self._writer = uuid.uuid4()
         self._flush = 0
@@ -80,7 +85,7 @@ class PostgresJournal:
     ) -> Appended | Duplicates | None:
         loop = asyncio.get_running_loop()
         give_up = loop.time() + self._patience
-        in_doubt = False
+        in_doubt = given_a_home = False
         while True:
             try:
                 async with asyncio.timeout(FLUSH_SECONDS), self._append_line.use() as connection:
@@ -97,6 +102,13 @@ class PostgresJournal:
             except (asyncpg.PostgresError, *TRANSIENT) as error:
                 if _was_rolled_back(error):
                     in_doubt = False
+                    if is_homeless(error) and not given_a_home:
+                        # The time of this flush has no partition: nobody made it ahead, or the clock leapt.
+                        self._on_homeless(now)
+                        with translated("append"):
+                            await self._change("make_partitions", now, PARTITIONS_AHEAD)
+                        given_a_home = True
+                        continue
                     if getattr(error, "sqlstate", None) != FLUSH_GIVEN_UP:
                         with translated("append"):
                             raise
@@ -200,11 +212,19 @@ class PostgresJournal:
         return expired
 
     async def log_retry_run(
-        self, epoch: int, *, processed: int, failed: int, error: str | None, services: Sequence[str]
+        self,
+        epoch: int,
+        *,
+        took: float,
+        processed: int,
+        failed: int,
+        error: str | None,
+        services: Sequence[str],
     ) -> Mapping[str, float]:
         now = self._clock()
+        began = now - timedelta(seconds=took)
         said = None if error is None else rows.text(error)
-        found = await self._fetch("log_retry_run", epoch, now, processed, failed, said, list(services))
+        found = await self._fetch("log_retry_run", epoch, began, now, processed, failed, said, list(services))
         return {row["service"]: (row["due"] - now).total_seconds() for row in found}
 
     async def held_pairs(self) -> list[tuple[str, str]]:
@@ -229,16 +249,36 @@ class PostgresJournal:
     # Housekeeping
 
     async def keep_house(self) -> None:
-        """Partitions ahead and the ledger's rotation, over a connection of its own with a lock timeout."""
+        """What has to be there before the first flush: its partition, and a ledger whose time is not over."""
+        await self.make_partitions()
+        await self.rotate_ledger()
 
-        async def keep() -> None:
-            with translated("keep_house"):
-                async with self._ddl_line.use() as connection:
-                    await connection.execute(_SQL["bound_lock_waits"])
-                    await connection.execute(_SQL["make_partitions"], self._clock(), PARTITIONS_AHEAD)
-                    await connection.execute(_SQL["rotate_dedup_ledger"], self._clock(), LEDGER_GENERATION)
+    async def make_partitions(self) -> int:
+        """Those of now and ahead that are missing; returns how many were made."""
+        made: int = await self._change_schema("make_partitions", PARTITIONS_AHEAD)
+        return made
 
-        await self._bridge.run(keep)
+    async def rotate_ledger(self) -> bool:
+        """Begin a new generation of the ledger when it is time; returns whether it was."""
+        return bool(await self._change_schema("rotate_dedup_ledger", LEDGER_GENERATION))
+
+    async def _change_schema(self, name: str, argument: object) -> Any:
+        async def change() -> Any:
+            with translated(name):
+                return await self._change(name, self._clock(), argument)
+
+        return await self._bridge.run(change)
+
+    async def _change(self, name: str, *arguments: object) -> Any:
+        """Over a connection of its own. It waits for no lock so long that others wait behind it: it tries
+        again instead."""
+        async with self._ddl_line.use() as connection:
+            await connection.execute(_SQL["bound_lock_waits"])
+            for _ in range(_LOCK_ATTEMPTS - 1):
+                with suppress(asyncpg.LockNotAvailableError):
+                    return await connection.fetchval(_SQL[name], *arguments)
+                await asyncio.sleep(_LOCK_PAUSE)
+            return await connection.fetchval(_SQL[name], *arguments)
 
 
 def _was_rolled_back(error: BaseException) -> bool:

@@ -27,11 +27,12 @@ _MARGIN = 0.5  # seconds before the end in which nothing new is started
 _LOOK_EVERY = 0.5  # seconds between looks of one that stands by
 _DEAD_LETTERS = "postroom_dead_letters"
 _JOURNAL = "postroom_journal"
+_JOBS = "postroom_jobs"
 
 
 class PostgresLease:
-    """`on_journal` and `on_dead_letters` are called in the trio thread when another process has
-    journaled something, or asked for dead letters to be retried.
+    """`on_journal`, `on_dead_letters` and `on_jobs` are called in the trio thread when another process has
+    journaled something, asked for dead letters to be retried, or for a job, or switched one.
     """
 
     def __init__(
@@ -41,10 +42,12 @@ class PostgresLease:
         *,
         on_journal: Callable[[], None],
         on_dead_letters: Callable[[], None],
+        on_jobs: Callable[[], None],
     ) -> None:
         self._bridge = bridge
         self._on_journal = on_journal
         self._on_dead_letters = on_dead_letters
+        self._on_jobs = on_jobs
         self._holder = uuid.uuid4()
         self._line = Line(dsn, "lease", on_open=self._opened)
         self._valid_until = float("-inf")  # trio's clock
@@ -89,6 +92,7 @@ class PostgresLease:
     async def _opened(self, connection: asyncpg.Connection) -> None:
         await connection.add_listener(_JOURNAL, lambda *_: self._bridge.call_soon(self._on_journal))
         await connection.add_listener(_DEAD_LETTERS, lambda *_: self._bridge.call_soon(self._on_dead_letters))
+        await connection.add_listener(_JOBS, lambda *_: self._bridge.call_soon(self._on_jobs))
         connection.add_termination_listener(lambda _: self._bridge.call_soon(self._lost))
         self._locked = False
         self._bridge.call_soon(self._found)
@@ -98,6 +102,7 @@ class PostgresLease:
         # What was said while nobody listened is looked for.
         self._on_journal()
         self._on_dead_letters()
+        self._on_jobs()
 
     def _lost(self) -> None:
         self._connected = False

@@ -372,10 +372,17 @@ class LateRequest(MemoryJournal):
     ask: Callable[[], object] | None = None
 
     async def log_retry_run(
-        self, epoch: int, *, processed: int, failed: int, error: str | None, services: Sequence[str]
+        self,
+        epoch: int,
+        *,
+        took: float,
+        processed: int,
+        failed: int,
+        error: str | None,
+        services: Sequence[str],
     ) -> float | None:
         told = await super().log_retry_run(
-            epoch, processed=processed, failed=failed, error=error, services=services
+            epoch, took=took, processed=processed, failed=failed, error=error, services=services
         )
         if self.ask is not None:
             self.ask()

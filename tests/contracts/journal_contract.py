@@ -98,7 +98,7 @@ class World:
     async def next_due(self, *services: str) -> float | None:
         """What the record of a run answers."""
         due = await self.journal.log_retry_run(
-            self.epoch, processed=0, failed=0, error=None, services=services
+            self.epoch, took=0.0, processed=0, failed=0, error=None, services=services
         )
         return min(due.values(), default=None)
 
@@ -550,7 +550,7 @@ async def the_record_of_a_run_tells_each_service_apart(world: World) -> None:
     await world.letter("b", "2", service="jobs", retry_in=-60.0)
     await world.deferred("c", "3")
     due = await world.journal.log_retry_run(
-        world.epoch, processed=0, failed=0, error=None, services=["rides", "jobs"]
+        world.epoch, took=0.0, processed=0, failed=0, error=None, services=["rides", "jobs"]
     )
     assert due.keys() == {"rides", "jobs"}
     assert due["rides"] == 0

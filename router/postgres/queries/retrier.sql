@@ -17,7 +17,7 @@ SELECT d.id, d.seq, d.service, d.resolution, d.revision, d.retry_count, d.attemp
 SELECT postroom_expire_dead_letters($1, $2, $3);
 
 -- name: log_retry_run
-SELECT service, due FROM postroom_log_retry_run($1, $2, $3, $4, $5, $6);
+SELECT service, due FROM postroom_log_retry_run($1, $2, $3, $4, $5, $6, $7);
 
 -- name: held_pairs
 SELECT session_key, service FROM postroom_held_pairs();

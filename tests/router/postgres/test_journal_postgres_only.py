@@ -307,14 +307,28 @@ class TestPartitions:
                 nursery.start_soon(database.fetch, "SELECT create_wa_events_partition()")
         assert len(await partitions(database, "wa_events")) == 6
 
-    async def test_without_one_nothing_is_stored_and_nothing_counted(self, database: Database) -> None:
+    async def test_a_flush_without_one_gets_it_and_is_reported(self, database: Database) -> None:
         clock = ManualClock(2026, 6, 10)
-        async with database.journal(clock=clock) as journal:
-            clock.now += timedelta(days=400)
-            with pytest.raises(JournalUnavailable):
-                await journal.append([body(message("a"))], duplicates=1)
-            await journal.keep_house()
+        homeless: list[datetime] = []
+        async with (
+            database.journal(clock=clock, on_homeless=homeless.append) as journal,
+            database.journal(clock=clock, on_homeless=homeless.append) as other,
+        ):
             assert (await appended(journal, body(message("a")))).first_seq == 1
+            assert homeless == []
+            clock.now += timedelta(days=400)
+            results: list[Appended] = []
+
+            async def append(to: PostgresJournal, name: str) -> None:
+                results.append(await appended(to, body(message(name))))
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(append, journal, "b")
+                nursery.start_soon(append, other, "c")
+            assert sorted(result.first_seq for result in results) == [2, 3]
+            assert set(homeless) == {clock.now}
+            await appended(journal, body(message("d")))
+        assert await database.value("SELECT count(*) FROM whatsapp_messages_y2027w28") == 3
         await assert_conserved(database)
 
 
@@ -451,7 +465,9 @@ class TestDeadLetters:
         return await journal.claim_dead_letters(epoch, 10, ["rides"], **options)
 
     async def next_due(self, journal: PostgresJournal, epoch: int) -> float | None:
-        due = await journal.log_retry_run(epoch, processed=0, failed=0, error=None, services=["rides"])
+        due = await journal.log_retry_run(
+            epoch, took=0.0, processed=0, failed=0, error=None, services=["rides"]
+        )
         return min(due.values(), default=None)
 
     async def claimed(self, journal: PostgresJournal, item: Item, epoch: int) -> Item:
@@ -759,15 +775,15 @@ class TestDeadLetters:
         before = datetime.now(UTC)
         for processed, failed, error in ((0, 0, None), (3, 1, None), (2, 2, "gone\0")):
             await journal.log_retry_run(
-                epoch, processed=processed, failed=failed, error=error, services=["rides"]
+                epoch, took=0.0, processed=processed, failed=failed, error=error, services=["rides"]
             )
         rows = await database.fetch("SELECT * FROM dlq_processing_log ORDER BY id")
-        assert [tuple(row)[2:] for row in rows] == [
+        assert [tuple(row)[2:6] for row in rows] == [
             ("completed", 0, 0, None),
             ("completed", 3, 1, None),
             ("failed", 2, 2, "gone\ufffd"),
         ]
-        assert all(before <= row["processed_at"] for row in rows)
+        assert all(before <= row["started_at"] <= row["processed_at"] for row in rows)
 
     async def test_an_expired_letter_can_be_asked_for(
         self, journal: PostgresJournal, database: Database

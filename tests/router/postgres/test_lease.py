@@ -31,7 +31,11 @@ RUN_OUT = "UPDATE leases SET expires_at = clock_timestamp() - interval '1 second
 @asynccontextmanager
 async def open_lease(database: Database) -> AsyncIterator[PostgresLease]:
     lease = PostgresLease(
-        database.bridge, lambda: database.dsn, on_journal=lambda: None, on_dead_letters=lambda: None
+        database.bridge,
+        lambda: database.dsn,
+        on_journal=lambda: None,
+        on_dead_letters=lambda: None,
+        on_jobs=lambda: None,
     )
     try:
         yield lease

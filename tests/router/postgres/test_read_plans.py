@@ -88,7 +88,7 @@ async def test_a_claim_costs_as_much_as_there_are_conversations(database: Databa
             await connection.execute(_BACKLOG, now, 20_000)
             for name, arguments in (
                 ("claim_dead_letters", (epoch, now, 16, ["rides"], False)),
-                ("log_retry_run", (epoch, now, 0, 0, None, ["rides"])),
+                ("log_retry_run", (epoch, now, now, 0, 0, None, ["rides"])),
                 ("held_pairs", ()),
             ):
                 async with connection.transaction():

@@ -1,0 +1,88 @@
+"""What the jobs do. Each takes the epoch under which it runs and returns what it did, for its record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+
+from actors.janitor import Work
+from actors.ports import Clock
+from router.postgres.jobs import Metric, PostgresJobs
+from router.postgres.journal import PostgresJournal
+
+_WEEK = timedelta(weeks=1)
+
+
+class Housekeeping:
+    """The jobs of one router, by name."""
+
+    def __init__(
+        self, jobs: PostgresJobs, journal: PostgresJournal, *, session_ttl: timedelta, clock: Clock
+    ) -> None:
+        self._jobs = jobs
+        self._journal = journal
+        self._session_ttl = session_ttl
+        self._clock = clock
+
+    @property
+    def work(self) -> Mapping[str, Work]:
+        return {
+            "session-cleanup": self.clean,
+            "create-wa-events-partitions": self.make_partitions,
+            "dlq-report": self.report_dead_letters,
+        }
+
+    async def clean(self, epoch: int) -> str:
+        """Remove what has had its time: idle sessions, processed dead letters, statuses, logs."""
+        now = self._clock()
+        settings = await self._jobs.settings()
+
+        def ago(name: str) -> timedelta:
+            return timedelta(days=settings[name])
+
+        sessions = await self._jobs.clean_sessions(epoch, now - self._session_ttl)
+        letters = await self._jobs.clean_dead_letters(epoch, now - ago("processed_dead_letters_days"))
+        statuses = await self._jobs.clean_statuses(epoch, now - ago("statuses_days"))
+        runs, metrics = await self._jobs.clean_logs(
+            epoch, runs_before=now - ago("run_log_days"), metrics_before=now - ago("metrics_days")
+        )
+        removed = {
+            "sessions": sessions,
+            "processed dead letters": letters,
+            "statuses": statuses,
+            "runs": runs,
+            "metrics": metrics,
+        }
+        await self._jobs.record(
+            epoch,
+            [
+                Metric("session-cleanup", f"{name.replace(' ', '_')}_removed", count)
+                for name, count in removed.items()
+            ],
+        )
+        return "removed " + ", ".join(f"{count} {name}" for name, count in removed.items())
+
+    async def make_partitions(self, epoch: int) -> str:
+        """The weeks and months ahead."""
+        made = await self._journal.make_partitions()
+        return f"made {made}"
+
+    async def report_dead_letters(self, epoch: int) -> str:
+        """What became of the dead letters of the last seven days."""
+        now = self._clock()
+        by_service = await self._jobs.dlq_report(now - _WEEK, now)
+        counted = ("created", "reprocessed", "discarded", "failed", "still_open")
+        await self._jobs.record(
+            epoch,
+            [
+                Metric(row["service"], f"dead_letters_of_the_week_{name}", row[name])
+                for row in by_service
+                for name in counted
+            ],
+        )
+        lines = [
+            f"{row['service'] or 'no service'}: "
+            + ", ".join(f"{row[name]} {name.replace('_', ' ')}" for name in counted)
+            for row in by_service
+        ]
+        return "; ".join(lines) or "no dead letters in seven days"
