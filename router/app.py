@@ -34,6 +34,7 @@ from router.home_menu import HomeMenu, MenuRow
 from router.housekeeping import Housekeeping
 from router.inbound import body_of
 from router.observe.logs import get_logger
+from router.postgres.archives import PostgresArchives
 from router.postgres.bridge import Bridge, open_bridge
 from router.postgres.errors import describe
 from router.postgres.jobs import PostgresJobs
@@ -132,7 +133,15 @@ class Router:
         )
         self._jobs = PostgresJobs(bridge, dsn, clock=clock)
         session_ttl = timedelta(hours=config.session_ttl_hours)
-        housekeeping = Housekeeping(self._jobs, self.journal, session_ttl=session_ttl, clock=clock)
+        self._archives = PostgresArchives(bridge, dsn, clock=clock)
+        housekeeping = Housekeeping(
+            self._jobs,
+            self.journal,
+            self._archives,
+            config.archive_location,
+            session_ttl=session_ttl,
+            clock=clock,
+        )
         self._outbox = PostgresOutbox(bridge, dsn, clock=clock)
         retry = Backoff(random_unit)
         self._routes = Routes(config.routing, config.services)
@@ -401,6 +410,7 @@ class Router:
         await self._lease.close()
         await self._outbox.close()
         await self._jobs.close()
+        await self._archives.close()
         await self.journal.close()
 
     async def _keep_house(self) -> None:

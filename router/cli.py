@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from router.archives import archive
 from router.command import (
     Failure,
     database_options,
@@ -40,6 +41,7 @@ def main() -> None:
     """
 
 
+main.add_command(archive)
 main.add_command(dlq)
 main.add_command(events)
 main.add_command(jobs)

@@ -172,6 +172,7 @@ class SenderConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """Everything that a router is told. `database_url` None means the embedded Postgres in `data_dir`.
+    `archive` is the directory or the URI of an object store where archives are kept; None: in `data_dir`.
     Without `admin_token` whatever asks for one on the admin port is refused. Without `sender` replies are
     stored as `unsent`, and are never sent.
 
@@ -190,6 +191,7 @@ class Config:
     admin_host: str = "127.0.0.1"
     admin_port: int = 8081
     data_dir: Path = Path(".postroom")
+    archive: str | None = None
     database_url: str | None = field(default=None, repr=False)
     admin_token: str | None = field(default=None, repr=False)
     session_ttl_hours: int = 24
@@ -198,6 +200,10 @@ class Config:
     core_cold_start_slo_ms: int = 1_750
     dev: bool = False
     generated: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def archive_location(self) -> str:
+        return self.archive if self.archive is not None else str(self.data_dir / "archive")
 
     @classmethod
     def for_embedding(
@@ -212,6 +218,7 @@ class Config:
         limits: LimitsConfig | None = None,
         sender: SenderConfig | None = None,
         data_dir: str | Path = ".postroom",
+        archive: str | None = None,
         database_url: str | None = None,
         host: str = "127.0.0.1",
         port: int = 8080,
@@ -237,6 +244,7 @@ class Config:
             limits=limits if limits is not None else LimitsConfig(),
             sender=sender,
             data_dir=Path(data_dir),
+            archive=archive,
             database_url=database_url,
             host=host,
             port=port,

@@ -99,6 +99,7 @@ class FileTable(_Strict):
     admin_host: str | None = None
     admin_port: int | None = None
     data_dir: str | None = None
+    archive: str | None = None
     session_ttl_hours: int | None = None
     router_timeout_ms: int | None = None
     core_p95_slo_ms: int | None = None

@@ -37,6 +37,7 @@ _DOMAIN_NAME = re.compile(r"[a-z][a-z0-9_]{0,62}", re.ASCII)
 _APP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}", re.ASCII)
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
 _BEARER_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]{1,4096}=*", re.ASCII)  # RFC 6750, section 2.1
+ARCHIVE_SCHEMES = ("file", "s3", "gs", "abfs")  # that pyarrow.fs.FileSystem.from_uri takes
 _ADMIN_TOKEN = re.compile(r"[A-Za-z0-9._~+/=-]{16,512}", re.ASCII)  # RFC 6750, section 2.1
 _NUMBER = re.compile(r"[0-9]{1,32}", re.ASCII)
 _INT32_MAX: Final = 2**31 - 1
@@ -359,6 +360,13 @@ def _addresses(config: Config) -> Iterator[Problem]:
             )
     if not str(config.data_dir) or "\0" in str(config.data_dir):
         yield Problem("data_dir", "is not a path", "give a directory, for example --data-dir .postroom")
+    if config.archive is not None:
+        scheme, separator, _ = config.archive.partition("://")
+        if separator and scheme not in ARCHIVE_SCHEMES:
+            known = ", ".join(f"{one}://" for one in ARCHIVE_SCHEMES)
+            yield Problem("archive", f"{scheme}:// is not known", f"give a directory, or one of {known}")
+        elif not config.archive or not config.archive.isprintable():
+            yield Problem("archive", "is not a path", "give a directory, or leave it out: data_dir/archive")
 
 
 def _is_loopback(host: str) -> bool:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import timedelta
+from importlib import import_module
+
+import trio
 
 from actors.janitor import Work
 from actors.ports import Clock
+from router.postgres.archives import PostgresArchives
 from router.postgres.jobs import Metric, PostgresJobs
 from router.postgres.journal import PostgresJournal
 
@@ -17,9 +21,18 @@ class Housekeeping:
     """The jobs of one router, by name."""
 
     def __init__(
-        self, jobs: PostgresJobs, journal: PostgresJournal, *, session_ttl: timedelta, clock: Clock
+        self,
+        jobs: PostgresJobs,
+        journal: PostgresJournal,
+        archives: PostgresArchives,
+        archive_location: str,
+        *,
+        session_ttl: timedelta,
+        clock: Clock,
     ) -> None:
         self._jobs = jobs
+        self._archives = archives
+        self._archive_location = archive_location
         self._journal = journal
         self._session_ttl = session_ttl
         self._clock = clock
@@ -29,6 +42,7 @@ class Housekeeping:
         return {
             "session-cleanup": self.clean,
             "create-wa-events-partitions": self.make_partitions,
+            "archive-partitions": self.archive,
             "dlq-report": self.report_dead_letters,
         }
 
@@ -66,6 +80,22 @@ class Housekeeping:
         """The weeks and months ahead."""
         made = await self._journal.make_partitions()
         return f"made {made}"
+
+    async def archive(self, epoch: int) -> str:
+        """Weeks and months past their retention, to files."""
+        before = self._clock() - timedelta(days=(await self._jobs.settings())["retention_days"])
+        # Loaded by the first run, and in a thread: a router that starts does not wait for pyarrow.
+        archiving = await trio.to_thread.run_sync(import_module, "router.archiving")
+        archiver = archiving.archiver(self._archives, self._archive_location)
+        names = await archiver.archive_all(epoch, before)
+        held = await self._archives.held(before)
+        await self._archives.analyze()
+        metrics = {"archived": len(names), "held": held}
+        await self._jobs.record(
+            epoch, [Metric("archive-partitions", name, count) for name, count in metrics.items()]
+        )
+        said = f"archived {', '.join(names) or 'nothing'}"
+        return f"{said}; {held} week(s) wait for what is under way in them" if held else said
 
     async def report_dead_letters(self, epoch: int) -> str:
         """What became of the dead letters of the last seven days."""

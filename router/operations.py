@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 import asyncpg
+import orjson
 import trio
 
 from actors.errors import JournalUnavailable
@@ -22,6 +23,7 @@ from router.config import Config
 from router.conservation import Conservation, recount
 from router.database import migrate_database, open_database
 from router.json_text import parse, storable
+from router.postgres.archives import archives_of
 from router.postgres.bridge import Bridge, open_bridge
 from router.postgres.connections import connect
 from router.postgres.errors import TRANSIENT, describe
@@ -97,7 +99,9 @@ class Operations:
         self._dsn = dsn
         self._connection = connection
 
-    async def _run(self, work: Callable[[asyncpg.Connection], Awaitable[T]]) -> T:
+    async def run(self, work: Callable[[asyncpg.Connection], Awaitable[T]]) -> T:
+        """Have something done with the connection, in the storage thread. Raises JournalUnavailable."""
+
         async def run() -> T:
             try:
                 return await work(self._connection)
@@ -107,30 +111,30 @@ class Operations:
         return await self._bridge.run(run)
 
     async def check(self) -> Conservation:
-        return await self._run(recount)
+        return await self.run(recount)
 
     # Dead letters
 
     async def dead_letters(self, which: Letters) -> list[dict[str, Any]]:
         """The whole letters, oldest message first; `payload` is the message."""
-        rows = await self._run(lambda c: c.fetch(_LETTERS["select"], *which.arguments))
+        rows = await self.run(lambda c: c.fetch(_LETTERS["select"], *which.arguments))
         return [{**row, "payload": _payload(row["payload"])} for row in rows]
 
     async def choose(self, which: Letters) -> list[uuid.UUID]:
         """Those of them that can be retried, edited or discarded: not what is being processed, was delivered
         or was discarded."""
-        rows = await self._run(lambda c: c.fetch(_LETTERS["choose"], *which.arguments))
+        rows = await self.run(lambda c: c.fetch(_LETTERS["choose"], *which.arguments))
         return [row["id"] for row in rows]
 
     async def retry(self, ids: Sequence[uuid.UUID], *, actor: str) -> int:
         """Ask whoever delivers to retry these now; returns how many could be: none that is being
         processed, was delivered or was discarded."""
-        asked: int = await self._run(lambda c: c.fetchval(_LETTERS["retry"], utc_now(), actor, list(ids)))
+        asked: int = await self.run(lambda c: c.fetchval(_LETTERS["retry"], utc_now(), actor, list(ids)))
         return asked
 
     async def discard(self, ids: Sequence[uuid.UUID], *, reason: str, actor: str) -> int:
         """Give these up for good; returns how many could be."""
-        gone: int = await self._run(
+        gone: int = await self.run(
             lambda c: c.fetchval(_LETTERS["discard"], utc_now(), actor, list(ids), reason)
         )
         return gone
@@ -139,7 +143,7 @@ class Operations:
         """Replace the message and have it retried now. Returns the number of this edit, which becomes part
         of the idempotency key; None when the letter is not there, or not in a state to be edited.
         """
-        edit: int | None = await self._run(
+        edit: int | None = await self.run(
             lambda c: c.fetchval(_LETTERS["edit"], utc_now(), actor, identity, storable(message))
         )
         return edit
@@ -148,7 +152,7 @@ class Operations:
 
     async def events(self, *, every: bool, reason: str | None, limit: int) -> list[dict[str, Any]]:
         """Stored bodies, newest first: those with malformed items, or all of them."""
-        found = await self._run(lambda c: c.fetch(_EVENTS["select"], every, reason, limit))
+        found = await self.run(lambda c: c.fetch(_EVENTS["select"], every, reason, limit))
         return [dict(row) for row in found]
 
     async def event(self, event_id: int) -> dict[str, Any] | None:
@@ -161,7 +165,7 @@ class Operations:
             malformed = await connection.fetch(_EVENTS["malformed"], event_id)
             return {**row, "malformed": [dict(one) for one in malformed]}
 
-        return await self._run(work)
+        return await self.run(work)
 
     async def reparse(
         self, ids: Sequence[int] | None, reason: str | None, *, dry_run: bool, actor: str
@@ -208,27 +212,27 @@ class Operations:
                     )
             return found
 
-        return await self._run(work)
+        return await self.run(work)
 
     async def _journal_again(
         self, event_id: int, paths: list[str], ingress: Ingress, delivery: Delivery, actor: str
     ) -> None:
         """Three transactions, each of which may be the last: the whole can be done again."""
-        await self._run(lambda c: c.execute(_EVENTS["forget_malformed"], event_id, paths))
+        await self.run(lambda c: c.execute(_EVENTS["forget_malformed"], event_id, paths))
         await ingress.append([delivery])
-        await self._run(lambda c: c.execute(_EVENTS["mark_reparsed"], utc_now(), actor, event_id, paths))
+        await self.run(lambda c: c.execute(_EVENTS["mark_reparsed"], utc_now(), actor, event_id, paths))
 
     # Jobs
 
     async def jobs(self) -> list[dict[str, Any]]:
         """Every name of every job, with its switch, its schedule and its last run."""
-        return [dict(row) for row in await self._run(lambda c: c.fetch(_JOBS["list"]))]
+        return [dict(row) for row in await self.run(lambda c: c.fetch(_JOBS["list"]))]
 
     async def job_runs(self, name: str | None, limit: int) -> list[dict[str, Any]]:
         """The newest runs first: of one job, or of all. Raises UnknownJob."""
         if name is not None and all(job["name"] != name for job in await self.jobs()):
             raise UnknownJob(name)
-        return [dict(row) for row in await self._run(lambda c: c.fetch(_JOBS["runs"], name, limit))]
+        return [dict(row) for row in await self.run(lambda c: c.fetch(_JOBS["runs"], name, limit))]
 
     async def run_job(self, name: str, *, actor: str, within: float) -> dict[str, Any] | None:
         """Have a job done now by whoever delivers; returns its run, None if nobody did it in that time.
@@ -237,7 +241,7 @@ class Operations:
         job = await self._of_job(name, _JOBS["request"], asked, actor, name)
         with trio.move_on_after(within):
             while True:
-                row = await self._run(lambda c: c.fetchrow(_JOBS["run_since"], job, asked))
+                row = await self.run(lambda c: c.fetchrow(_JOBS["run_since"], job, asked))
                 if row is not None:
                     return dict(row)
                 await trio.sleep(0.1)
@@ -252,24 +256,33 @@ class Operations:
         return await self._of_job(name, _JOBS["schedule"], utc_now(), actor, name, schedule)
 
     async def _of_job(self, name: str, statement: str, *arguments: Any) -> str:
-        job: str | None = await self._run(lambda c: c.fetchval(statement, *arguments))
+        job: str | None = await self.run(lambda c: c.fetchval(statement, *arguments))
         if job is None:
             raise UnknownJob(name)
         return job
 
     async def drop_cron_views(self) -> bool:
         """Whether they were there."""
-        dropped: bool = await self._run(lambda c: c.fetchval(_JOBS["drop_cron_views"]))
+        dropped: bool = await self.run(lambda c: c.fetchval(_JOBS["drop_cron_views"]))
         return dropped
 
     async def settings(self) -> list[dict[str, Any]]:
-        return [dict(row) for row in await self._run(lambda c: c.fetch(_JOBS["settings"]))]
+        return [dict(row) for row in await self.run(lambda c: c.fetch(_JOBS["settings"]))]
 
     async def change_setting(self, name: str, value: int, *, actor: str) -> bool:
         """Whether there is such a setting."""
         return bool(
-            await self._run(lambda c: c.fetchval(_JOBS["change_setting"], utc_now(), actor, name, value))
+            await self.run(lambda c: c.fetchval(_JOBS["change_setting"], utc_now(), actor, name, value))
         )
+
+    # Archives
+
+    async def archives(self) -> list[dict[str, Any]]:
+        """Those that were begun, oldest first; `tables` once they were read back."""
+        found = await self.run(archives_of)
+        return [
+            {**row, "tables": None if row["tables"] is None else orjson.loads(row["tables"])} for row in found
+        ]
 
     # Messages
 
@@ -281,7 +294,7 @@ class Operations:
             splitter = Splitter("default", dedup_key=key, is_ours=lambda _: True)
             return await connection.fetchrow(_CHECK["became_of"], splitter.message_key(number, message_id))
 
-        row = await self._run(work)
+        row = await self.run(work)
         return None if row is None else dict(row)
 
     async def ended(self, number: str, message_id: str, *, within: float) -> dict[str, Any] | None:

@@ -94,6 +94,7 @@ def load_config(
         ),
         sender=reader.sender(table.sender),
         data_dir=directory / str(data_dir),
+        archive=_place(directory, table.archive),
         database_url=reader.database_url(overrides),
         admin_token=reader.admin_token(),
         dev=reader.dev,
@@ -105,6 +106,10 @@ def load_config(
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def _place(directory: Path, written: str | None) -> str | None:
+    return written if written is None or "://" in written else str(directory / written)
 
 
 class _Reader:

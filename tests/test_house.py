@@ -18,12 +18,12 @@ from source_tree import PACKAGES, ROOT, imports_of, module_of, modules, nodes_of
 from router.cli import main
 
 LAYERS = {
-    "cli": ("router.cli", "router.__main__", "dlq", "events", "jobs", "command"),
-    "commands": ("serve", "demo", "trial", "operations", "reparse", "explain", "conservation"),
+    "cli": ("router.cli", "router.__main__", "archives", "dlq", "events", "jobs", "command"),
+    "commands": ("serve", "demo", "trial", "operations", "retrieval", "reparse", "explain", "conservation"),
     "edge": ("edge",),
-    "app": ("router", "router.app", "database", "housekeeping", "inbound"),
+    "app": ("router", "router.app", "archiving", "database", "housekeeping", "inbound"),
     "accept": ("accept",),
-    "adapters": ("postgres", "delivery", "channels", "spool"),
+    "adapters": ("postgres", "delivery", "channels", "spool", "archive"),
     "policy": ("routing", "retry", "home_menu"),
     "config": ("config", "config_file", "config_rules", "settings"),
     "words": ("domains", "json_text", "clock", "schedule"),
@@ -146,7 +146,7 @@ def test_adapters_do_not_know_each_other() -> None:
 
 def test_only_the_app_names_the_adapters_of_ports() -> None:
     for module, file in modules().items():
-        if module not in ("router.app", "router.housekeeping"):
+        if module not in ("router.app", "router.archiving", "router.housekeeping"):
             assert not imports_of(file) & ADAPTERS_OF_PORTS, module
 
 
@@ -162,7 +162,7 @@ def test_a_host_that_imports_us_pays_for_no_library_of_the_commands_and_keeps_it
     script = (
         "import logging, sys, router, router.config_rules, router.observe.logs as logs;"
         "logs.get_logger('x').info('y');"
-        "print(sys.modules.keys() & {'pydantic', 'structlog'}, logging.getLogger().handlers)"
+        "print(sys.modules.keys() & {'pydantic', 'structlog', 'pyarrow'}, logging.getLogger().handlers)"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout == "set() []\n"

@@ -20,6 +20,13 @@ MAX_ID_CHARS = 512  # far above any id that Meta sends; ids are keys of btree in
 _NOTHING: Mapping[str, Any] = {}
 _RARE_IN_MESSAGE = frozenset({"from_user_id", "from_parent_user_id", "group_id"})
 _RARE_IN_CONTACT = frozenset({"user_id", "parent_user_id"})
+_NAMING = frozenset(
+    {
+        "from", "from_user_id", "from_parent_user_id", "wa_id", "new_wa_id", "user_id", "parent_user_id",
+        "recipient_id", "recipient_user_id", "recipient_parent_user_id", "customer",
+    }
+)  # fmt: skip
+_LISTS = {"m": "messages", "s": "statuses", "e": "errors"}
 _MESSAGE = Kind.MESSAGE  # looked up once: an enum's members are slow to reach in Python 3.11
 
 # Where a status stands on its way; it only moves forward. `deleted` and `played` are ends of their own.
@@ -267,6 +274,38 @@ def sender(message: Mapping[str, Any], contact: Mapping[str, Any] | None) -> tup
     """(wa_id, user_id) of a message's sender."""
     wa_id, user_id, _ = _names(message, contact)
     return wa_id, user_id
+
+
+def people(part: Any) -> set[str]:
+    """What the persons are known by that a body, or a part of one, is of or about."""
+    found: set[str] = set()
+    waiting = [part]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            found.update(name for key in _NAMING & one.keys() if isinstance(name := one[key], str) and name)
+            waiting.extend(one.values())
+        elif isinstance(one, list):
+            waiting.extend(one)
+    return found
+
+
+def part_at(document: Any, path: str) -> Any:
+    """What the path of an item names in a stored body: an entry, a change, a message, a status or an error.
+
+    Raises:
+        LookupError: there is nothing at that path.
+    """
+    try:
+        steps = path.split(".") if path else []
+        part = document
+        for step, name in zip(steps[:2], ("entry", "changes"), strict=False):
+            part = part[name][int(step)]
+        if len(steps) > 2:
+            part = part["value"][_LISTS[steps[2][0]]][int(steps[2][1:])]
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise LookupError(f"nothing at {path!r}") from error
+    return part
 
 
 def cut(document: Any, paths: set[str]) -> Any:

@@ -2,9 +2,14 @@
 -- Tables against tallies, in one snapshot.
 SELECT h.received, h.duplicates, h.malformed, h.handled AS handled_at_once, h.next_seq - 1 AS journaled,
        t.handled, t.delivered, t.rejected, t.dead_letter, t.deferred, t.discarded, t.unreadable_answer, t.low_water,
-       i.items, i.items_malformed, i.items_handled, i.items_open,
-       o.outcomes, o.outcomes_handled, o.outcomes_delivered, o.outcomes_rejected, o.outcomes_dead_letter,
-       o.outcomes_deferred, o.outcomes_discarded,
+       i.items + a.items AS items, i.items_malformed + a.items_malformed AS items_malformed,
+       i.items_handled + a.items_handled AS items_handled, i.items_open + a.items_open AS items_open,
+       o.outcomes + a.outcomes AS outcomes, o.outcomes_handled + a.outcomes_handled AS outcomes_handled,
+       o.outcomes_delivered + a.outcomes_delivered AS outcomes_delivered,
+       o.outcomes_rejected + a.outcomes_rejected AS outcomes_rejected,
+       o.outcomes_dead_letter + a.outcomes_dead_letter AS outcomes_dead_letter,
+       o.outcomes_deferred + a.outcomes_deferred AS outcomes_deferred,
+       o.outcomes_discarded + a.outcomes_discarded AS outcomes_discarded, a.items AS items_archived,
        d.letters_pending, d.letters_processing, d.letters_failed, d.letters_reprocessed,
        r.replies_unsent, r.replies_pending, r.replies_sent, r.replies_failed
   FROM journal_head h
@@ -32,22 +37,28 @@ SELECT h.received, h.duplicates, h.malformed, h.handled AS handled_at_once, h.ne
                     count(*) FILTER (WHERE status = 'sent') AS replies_sent,
                     count(*) FILTER (WHERE status = 'failed') AS replies_failed
                FROM whatsapp_outbox) r
+ CROSS JOIN postroom_archived_sums() a
  WHERE h.shard = 0 AND t.shard = 0;
 
 -- name: missing_items
--- Seqs have no gaps, so one that is not there was removed.
+-- Seqs have no gaps, so one that is not there, nor in an archive, was removed.
 SELECT before + 1 AS first, seq - 1 AS last
   FROM (SELECT seq, lag(seq, 1, 0::bigint) OVER (ORDER BY seq) AS before
           FROM (SELECT seq FROM whatsapp_messages_items
                 UNION ALL SELECT next_seq FROM journal_head WHERE shard = 0) s) g
- WHERE seq <> before + 1 ORDER BY seq LIMIT 20;
+ WHERE seq <> before + 1
+   AND NOT coalesce((SELECT range_agg(r.seqs) FROM postroom_archived_tallies t CROSS JOIN unnest(t.seqs) AS r (seqs)
+                      WHERE t.items_are_out AND r.seqs && int8range(before + 1, seq)) @> int8range(before + 1, seq),
+                    false)
+ ORDER BY seq LIMIT 20;
 
 -- name: strays
 SELECT 'item without its event' AS problem, i.seq FROM whatsapp_messages_items i
   LEFT JOIN wa_events e ON e.event_id = i.event_id AND e.received_at = i.received_at WHERE e.event_id IS NULL
 UNION ALL
 SELECT 'outcome without its item', o.seq FROM message_outcomes o
-  LEFT JOIN whatsapp_messages_items i ON i.seq = o.seq AND i.received_at = o.received_at WHERE i.seq IS NULL
+  LEFT JOIN whatsapp_messages_items i ON i.seq = o.seq AND i.received_at = o.received_at
+ WHERE i.seq IS NULL AND NOT EXISTS (SELECT FROM postroom_archived_tallies t WHERE t.items_are_out AND t.seqs @> o.seq)
 UNION ALL
 SELECT 'outcome of an item that no session takes', o.seq FROM message_outcomes o
   JOIN whatsapp_messages_items i ON i.seq = o.seq AND i.received_at = o.received_at WHERE i.bucket IS NOT NULL
@@ -61,9 +72,10 @@ SELECT 'dead letter outcome without its dead letter', o.seq FROM message_outcome
 UNION ALL
 SELECT 'dead letter without its outcome', d.seq FROM webhook_dlq d
   LEFT JOIN message_outcomes o ON o.seq = d.seq AND o.received_at = d.received_at
- WHERE o.seq IS NULL OR (d.status = 'reprocessed') <> (o.outcome = 'delivered')
-    OR (d.resolution IS NOT DISTINCT FROM 'discarded') <> (o.outcome = 'discarded')
-    OR (d.resolution IS NOT DISTINCT FROM 'deferred') <> (o.outcome = 'deferred')
+ CROSS JOIN LATERAL (SELECT coalesce(o.outcome, d.item_outcome) AS outcome) e
+ WHERE e.outcome IS NULL OR (d.status = 'reprocessed') <> (e.outcome = 'delivered')
+    OR (d.resolution IS NOT DISTINCT FROM 'discarded') <> (e.outcome = 'discarded')
+    OR (d.resolution IS NOT DISTINCT FROM 'deferred') <> (e.outcome = 'deferred')
 UNION ALL
 SELECT 'unfinished item that the recovery would not find', i.seq FROM whatsapp_messages_items i
  CROSS JOIN delivery_tallies t

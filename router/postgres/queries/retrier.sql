@@ -3,10 +3,11 @@ SELECT postroom_release_dead_letters($1, $2, $3, $4, $5);
 
 -- name: claim_dead_letters
 -- The bytes where they still are, else the message as the letter keeps it; an edited one is always the latter.
--- A letter whose item is gone has the one key that is left to it, the same each time.
+-- A letter whose item was archived has taken the key along; one whose item is gone altogether has the one that is
+-- left to it, the same each time.
 SELECT d.id, d.seq, d.service, d.resolution, d.revision, d.retry_count, d.attempts, d.keeps_order, d.message_id, d.session_key, d.received_at,
        d.phone_number, d.correlation_id, d.payload::text AS payload, i.path, e.traceparent, e.body,
-       coalesce(i.key, uuid_send(d.id)) AS key,
+       coalesce(i.key, d.item_key, uuid_send(d.id)) AS key,
        coalesce(i.phone_number_id, split_part(d.session_key, ':', 1)) AS phone_number_id
   FROM postroom_claim_dead_letters($1, $2, $3, $4, $5) d
   LEFT JOIN whatsapp_messages_items i ON i.seq = d.seq AND i.received_at = d.received_at

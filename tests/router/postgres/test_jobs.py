@@ -15,6 +15,7 @@ from tables import each
 
 from actors.errors import LeaseLost
 from router.housekeeping import Housekeeping
+from router.postgres.archives import PostgresArchives
 from router.postgres.jobs import Metric, PostgresJobs
 from router.postgres.journal import PostgresJournal
 from router.schedule import next_time
@@ -23,7 +24,13 @@ __all__ = ["database", "database_dsn", "server"]
 
 pytestmark = pytest.mark.postgres
 
-JOBS = ("process-dlq-entries", "session-cleanup", "create-wa-events-partitions", "dlq-report")
+JOBS = (
+    "process-dlq-entries",
+    "session-cleanup",
+    "create-wa-events-partitions",
+    "archive-partitions",
+    "dlq-report",
+)
 NOW = datetime(2026, 3, 2, 12, tzinfo=UTC)
 
 
@@ -212,7 +219,14 @@ async def housekeeping(
     database: Database, jobs: PostgresJobs, clock: ManualClock
 ) -> AsyncIterator[Housekeeping]:
     async with database.journal(clock=clock) as journal:
-        yield Housekeeping(jobs, journal, session_ttl=timedelta(hours=24), clock=clock)
+        archives = PostgresArchives(database.bridge, lambda: database.dsn, clock=clock)
+        try:
+            yield Housekeeping(
+                jobs, journal, archives, "/nowhere", session_ttl=timedelta(hours=24), clock=clock
+            )
+        finally:
+            with trio.CancelScope(shield=True):
+                await archives.close()
 
 
 async def test_what_has_had_its_time_is_removed(
@@ -399,4 +413,4 @@ async def test_what_operators_ask_is_answered(
         ("session-cleanup", "succeeded"),
     }
     active = {name for name, on in (await switched(database)).items() if on}
-    assert active == {"create-wa-events-partitions", "dlq-report"}
+    assert active == {"create-wa-events-partitions", "archive-partitions", "dlq-report"}

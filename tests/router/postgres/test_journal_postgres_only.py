@@ -16,12 +16,11 @@ import asyncpg
 import pytest
 import trio
 from contracts.journal_contract import NUMBER, body, done, message
+from journal_kit import appended, assert_conserved, raw
 from postgres_kit import Database, ManualClock, database, database_dsn, server
 
 from actors.errors import JournalRefused, JournalUnavailable, LeaseLost
 from actors.messages import Appended, Completion, DeadLetter, Delivery, Duplicates, Item, Place, Session
-from router.channels.whatsapp import Splitter
-from router.conservation import recount
 from router.json_text import storable
 from router.postgres import journal as journal_module
 from router.postgres.journal import PostgresJournal
@@ -31,12 +30,7 @@ __all__ = ["database", "database_dsn", "server"]
 
 pytestmark = pytest.mark.postgres
 
-_SPLITTER = Splitter("test", dedup_key=b"test", is_ours=lambda number: True)
 _DEAD_LETTERS = statements("dead_letters")
-
-
-def raw(text: bytes) -> Delivery:
-    return _SPLITTER.delivery(text, correlation_id="c-1", traceparent=None, settle=lambda stored: None)
 
 
 def hostile(*messages: bytes) -> Delivery:
@@ -48,12 +42,6 @@ def hostile(*messages: bytes) -> Delivery:
     )
 
 
-async def appended(journal: PostgresJournal, *deliveries: Delivery) -> Appended:
-    result = await journal.append(deliveries, duplicates=0)
-    assert isinstance(result, Appended)
-    return result
-
-
 async def stored(journal: PostgresJournal, name: str, sender: str = "1", **fields: Any) -> Item:
     """One journaled text message, with these fields beside the usual ones."""
     result = await appended(journal, body({**message(name, sender), **fields}))
@@ -63,12 +51,6 @@ async def stored(journal: PostgresJournal, name: str, sender: str = "1", **field
 
 async def complete(journal: PostgresJournal, epoch: int, *completions: Completion) -> None:
     await journal.complete(completions, epoch=epoch, low_water=1, stragglers=[])
-
-
-async def assert_conserved(database: Database) -> None:
-    async with database.connection() as connection:
-        found = await database.bridge.run(lambda: recount(connection))
-    assert found.problems == ()
 
 
 @pytest.fixture
@@ -274,8 +256,7 @@ class TestPartitions:
                 name.removeprefix("whatsapp_messages") for name in weeks
             ]
             assert list(await partitions(database, "wa_events")) == [
-                f"wa_events_y{month}"
-                for month in ("2026m11", "2026m12", "2027m01", "2027m02", "2027m03", "2027m04")
+                f"wa_events_y{month}" for month in ("2026m12", "2027m01", "2027m02", "2027m03", "2027m04")
             ]
             for year, month, day in ((2026, 12, 28), (2027, 1, 1), (2027, 1, 3), (2027, 1, 4)):
                 clock.now = datetime(year, month, day, 23, 59, 59, tzinfo=UTC)
@@ -292,20 +273,22 @@ class TestPartitions:
     async def test_what_is_there_is_left_alone(self, database: Database) -> None:
         make = "SELECT postroom_make_partitions($1, $2)"
         moment = datetime(2026, 6, 10, tzinfo=UTC)
-        assert await database.value(make, moment, 4) == 18
+        assert await database.value(make, moment, 4) == 15
         assert await database.value(make, moment, 4) == 0
         assert await database.value(make, moment + timedelta(days=7), 4) == 2
         assert await database.value(make, moment + timedelta(days=31), 4) == 7
 
     async def test_by_hand(self, database: Database) -> None:
-        assert await database.value("SELECT create_wa_events_partition()") == 18
+        assert (
+            await database.value("SELECT create_wa_events_partition()") >= 15
+        )  # more as a week or month begins
         assert await database.value("SELECT create_wa_events_partition()") == 0
 
     async def test_two_at_once(self, database: Database) -> None:
         async with trio.open_nursery() as nursery:
             for _ in range(4):
                 nursery.start_soon(database.fetch, "SELECT create_wa_events_partition()")
-        assert len(await partitions(database, "wa_events")) == 6
+        assert len(await partitions(database, "wa_events")) in (5, 6)
 
     async def test_a_flush_without_one_gets_it_and_is_reported(self, database: Database) -> None:
         clock = ManualClock(2026, 6, 10)

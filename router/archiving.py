@@ -1,0 +1,156 @@
+"""Moves partitions that are past their retention into archives. Rows are in their table until their file was
+read back, and then only in the file: each step can be interrupted and done again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+
+import trio
+
+from router.archive.columns import Column, Row
+from router.archive.files import ArchiveFiles, WrittenTable
+from router.channels import whatsapp
+from router.json_text import parse
+from router.postgres.archives import Archive, Pages, PostgresArchives
+
+Step = Callable[[str], None]
+
+_SUBJECTS = (Column("subject", "text"), Column("event_id", "bigint"))
+_BODY, _EVENT_ID = "body", "event_id"
+
+
+class Archiver:
+    """`on_step` is told before each step that changes something: a fault port."""
+
+    def __init__(
+        self, archives: PostgresArchives, files: ArchiveFiles, *, on_step: Step = lambda step: None
+    ) -> None:
+        self._archives = archives
+        self._files = files
+        self._on_step = on_step
+
+    async def archive_all(self, epoch: int, before: datetime) -> list[str]:
+        """Archive what ended earlier, oldest first; returns the names of the archives.
+
+        Raises:
+            ArchiveError: one could not be written, or was not what had been written; its rows are there.
+            ArchiveConflict: the tables are not as they should be; likewise.
+            JournalUnavailable, LeaseLost: the database is away, or the epoch over; the next run goes on.
+        """
+        done = []
+        while (archive := await self._archives.next(epoch, before)) is not None:
+            await self._archive(epoch, archive)
+            done.append(archive.name)
+        return done
+
+    async def _archive(self, epoch: int, archive: Archive) -> None:
+        if archive.state in ("detaching", "writing"):
+            for partition in archive.partitions:
+                self._on_step("detach")
+                await self._archives.detach(epoch, partition)
+            self._on_step("begin writing")
+            await self._archives.begin_writing(epoch, archive.name)
+            self._on_step("write")
+            tables = await self._write(archive)
+            self._on_step("write manifest")
+            told = {table: one.as_json() for table, one in tables.items()}
+            manifest = {
+                "name": archive.name,
+                "kind": archive.kind,
+                "from": archive.from_at.isoformat(),
+                "until": archive.until_at.isoformat(),
+                "tables": told,
+            }
+            await trio.to_thread.run_sync(self._files.write_manifest, archive.name, manifest)
+            self._on_step("say written")
+            await self._archives.written(epoch, archive.name, self._files.location, told)
+        self._on_step("drop")
+        await self._archives.drop(epoch, archive.name)
+        self._on_step("end")
+
+    async def _write(self, archive: Archive) -> Mapping[str, WrittenTable]:
+        sources: dict[str, tuple[str, Pages]]
+        if archive.kind == "messages":
+            sources = {
+                "items": ("whatsapp_messages_items", self._archives.items(archive)),
+                "outcomes": ("message_outcomes", self._archives.outcomes(archive)),
+                "replies": ("whatsapp_outbox", self._archives.replies(archive)),
+                "bodies": ("wa_events", self._archives.bodies(archive)),
+            }
+        else:
+            sources = {"events": ("wa_events", self._archives.events(archive))}
+        written: dict[str, WrittenTable] = {}
+        subjects = await self._table(archive.name, "subjects", _SUBJECTS)
+        try:
+            for table, (source, pages) in sources.items():
+                columns = [Column(*one) for one in await self._archives.columns(source)]
+                written[table] = await self._write_table(archive.name, table, columns, pages, subjects)
+            written["subjects"] = await subjects.end()
+        finally:
+            subjects.abandon()
+        return written
+
+    async def _table(self, name: str, table: str, columns: Sequence[Column]) -> _Writing:
+        writing = _Writing(self._files, name, table, columns)
+        await writing.begin()
+        return writing
+
+    async def _write_table(
+        self,
+        name: str,
+        table: str,
+        columns: Sequence[Column],
+        pages: Pages,
+        subjects: _Writing,
+    ) -> WrittenTable:
+        names = [one.name for one in columns]
+        writing = await self._table(name, table, columns)
+        try:
+            while page := await pages():
+                self._on_step(f"write {table}")
+                await writing.add(page)
+                if _BODY in names:
+                    pairs = [
+                        (subject, row[names.index(_EVENT_ID)])
+                        for row in page
+                        for subject in sorted(_subjects(row[names.index(_BODY)]))
+                    ]
+                    await subjects.add(pairs)
+            return await writing.end()
+        finally:
+            writing.abandon()
+
+
+def archiver(archives: PostgresArchives, location: str) -> Archiver:
+    """For archives at a directory or a URI."""
+    return Archiver(archives, ArchiveFiles(location))
+
+
+class _Writing:
+    """A table that is being written: file work is done in a thread."""
+
+    def __init__(self, files: ArchiveFiles, name: str, table: str, columns: Sequence[Column]) -> None:
+        self._files = files
+        self._args = (name, table, columns)
+
+    async def begin(self) -> None:
+        self._writer = await trio.to_thread.run_sync(self._files.open_table, *self._args)
+
+    async def add(self, rows: Sequence[Row]) -> None:
+        if rows:
+            await trio.to_thread.run_sync(self._writer.add, rows)
+
+    async def end(self) -> WrittenTable:
+        return await trio.to_thread.run_sync(self._files.end_table, *self._args, self._writer)
+
+    def abandon(self) -> None:
+        self._writer.abandon()
+
+
+def _subjects(body: bytes) -> set[str]:
+    try:
+        return whatsapp.people(parse(body))
+    except ValueError:
+        return set()
