@@ -101,7 +101,7 @@ def restore(config: Config, name: str, schema: str, as_json: bool) -> None:
         except (retrieval.ArchiveError, retrieval.RestoreError) as error:
             raise Failure(str(error)) from None
 
-    restored = operate(config, work)
+    restored = operate(config, work, as_owner=True)
     if as_json:
         print_json(restored)
     else:

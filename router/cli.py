@@ -239,6 +239,30 @@ def check(data_dir: Path | None, database_url: str | None, config_file: Path | N
     sys.exit(0 if result.ok else 1)
 
 
+@main.command("rls-audit")
+@database_options
+@json_option
+def rls_audit(
+    data_dir: Path | None, database_url: str | None, config_file: Path | None, as_json: bool
+) -> None:
+    """Look for tables without row-level security, without a policy, or with one that opens every row.
+
+    Exit status 1 if there is one. docs/roles.md says who may do what.
+
+    \b
+    Example:   postroom rls-audit
+    """
+    config = load(config_file=config_file, need_secrets=False, data_dir=data_dir, database_url=database_url)
+    findings = operate(config, lambda operations: operations.rls_audit())
+    if as_json:
+        print_json(findings)
+    else:
+        for one in findings:
+            click.echo(f"{one['table_name']:<30} {one['policy'] or '-':<20} {one['finding']}")
+        click.echo(f"{len(findings)} finding(s)")
+    sys.exit(1 if findings else 0)
+
+
 @main.command()
 @click.option("--text", required=True, help="What the phone writes.")
 @click.option("--url", default="http://127.0.0.1:8080/webhooks/whatsapp", show_default=True)

@@ -90,11 +90,15 @@ def run_command(work: Callable[[], Awaitable[Any]]) -> Any:
             raise click.Abort from None
 
 
-def operate(config: Config, work: Callable[[Operations], Awaitable[Any]]) -> Any:
+def operate(config: Config, work: Callable[[Operations], Awaitable[Any]], *, as_owner: bool = False) -> Any:
+    """What an operator does, as router_admin; `as_owner`: what changes the schema."""
+
     async def run() -> Any:
         from router.operations import open_operations
+        from router.postgres.connections import ADMIN, OWNER
 
-        async with open_operations(config, report=say) as operations:
+        role = OWNER if as_owner else ADMIN
+        async with open_operations(config, role=role, report=say) as operations:
             return await work(operations)
 
     return run_command(run)

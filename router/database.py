@@ -63,7 +63,7 @@ async def migrate_database(bridge: Bridge, dsn: str, *, apply: bool) -> list[str
 
     async def work() -> list[str]:
         try:
-            connection = await connect(dsn, name="migrate", statement_timeout=None)
+            connection = await connect(dsn, name="migrate", role=None, statement_timeout=None)
         except TRANSIENT as error:
             raise JournalUnavailable(f"cannot connect to the database: {describe(error)}") from error
         try:

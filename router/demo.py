@@ -27,7 +27,7 @@ from router.conservation import Conservation, recount
 from router.delivery.in_process import HandlerFunction
 from router.edge.http1 import Listener
 from router.postgres.bridge import open_bridge
-from router.postgres.connections import connect
+from router.postgres.connections import ADMIN, connect
 from router.postgres.embedded import EmbeddedPostgres
 from router.postgres.statements import statements
 from router.simulator import GraphEndpoint, Ledger, Population, Report, Taken, run_traffic
@@ -178,7 +178,7 @@ async def _settle(router: Router, dsn: str) -> bool:
     """Wait until nothing is undelivered, and no reply unsent."""
 
     async def replies_left() -> int:
-        connection: asyncpg.Connection = await connect(dsn, name="demo")
+        connection: asyncpg.Connection = await connect(dsn, name="demo", role=ADMIN)
         try:
             left: int = await connection.fetchval(_SQL["unsent"])
             return left
@@ -195,7 +195,7 @@ async def _settle(router: Router, dsn: str) -> bool:
 
 async def _verdict(dsn: str, ledger: Ledger, settled: bool) -> Summary:
     async def read() -> tuple[Conservation, list[str], list[str]]:
-        connection: asyncpg.Connection = await connect(dsn, name="demo")
+        connection: asyncpg.Connection = await connect(dsn, name="demo", role=ADMIN)
         try:
             stored = [row["message_id"] for row in await connection.fetch(_SQL["stored"])]
             letters = [row["message_id"] for row in await connection.fetch(_SQL["dead_letters"])]

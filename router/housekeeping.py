@@ -17,6 +17,10 @@ from router.postgres.journal import PostgresJournal
 _WEEK = timedelta(weeks=1)
 
 
+class OpenTables(Exception):
+    """Rows of tables of ours are open to somebody by mistake; the message says which."""
+
+
 class Housekeeping:
     """The jobs of one router, by name."""
 
@@ -44,6 +48,7 @@ class Housekeeping:
             "create-wa-events-partitions": self.make_partitions,
             "archive-partitions": self.archive,
             "dlq-report": self.report_dead_letters,
+            "rls-audit": self.audit_rls,
         }
 
     async def clean(self, epoch: int) -> str:
@@ -116,3 +121,15 @@ class Housekeeping:
             for row in by_service
         ]
         return "; ".join(lines) or "no dead letters in seven days"
+
+    async def audit_rls(self, epoch: int) -> str:
+        """Raises OpenTables when there is a finding."""
+        findings = await self._jobs.rls_audit()
+        if findings:
+            raise OpenTables(
+                "; ".join(
+                    f"{row['table_name']}{' ' + row['policy'] if row['policy'] else ''}: {row['finding']}"
+                    for row in findings
+                )
+            )
+        return "no findings"

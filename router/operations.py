@@ -25,7 +25,7 @@ from router.database import migrate_database, open_database
 from router.json_text import parse, storable
 from router.postgres.archives import archives_of
 from router.postgres.bridge import Bridge, open_bridge
-from router.postgres.connections import connect
+from router.postgres.connections import ADMIN, connect
 from router.postgres.errors import TRANSIENT, describe
 from router.postgres.statements import statements
 from router.reparse import StoredEvent, readable_again
@@ -275,6 +275,10 @@ class Operations:
             await self.run(lambda c: c.fetchval(_JOBS["change_setting"], utc_now(), actor, name, value))
         )
 
+    async def rls_audit(self) -> list[dict[str, Any]]:
+        """Tables whose rows are open to somebody by mistake."""
+        return [dict(row) for row in await self.run(lambda c: c.fetch(_JOBS["rls_audit"]))]
+
     # Archives
 
     async def archives(self) -> list[dict[str, Any]]:
@@ -325,20 +329,19 @@ def _payload(text: str) -> Any:
 
 @asynccontextmanager
 async def open_operations(
-    config: Config, *, report: Callable[[str], None] = lambda line: None, migrated: bool = True
+    config: Config, *, role: str = ADMIN, report: Callable[[str], None] = lambda line: None
 ) -> AsyncIterator[Operations]:
-    """Connect; with `migrated` the schema must be up to date.
+    """Connect as `role`; the schema must be up to date.
 
     Raises:
         EmbeddedPostgresError, MigrationError, JournalUnavailable: the database cannot be used.
     """
     async with open_database(config, report=report) as dsn, open_bridge() as bridge:
-        if migrated:
-            await migrate_database(bridge, dsn(), apply=config.database_url is None)
+        await migrate_database(bridge, dsn(), apply=config.database_url is None)
 
         async def open_connection() -> asyncpg.Connection:
             try:
-                return await connect(dsn(), name="operator")
+                return await connect(dsn(), name="operator", role=role)
             except TRANSIENT as error:
                 raise JournalUnavailable(f"cannot connect to the database: {describe(error)}") from error
 

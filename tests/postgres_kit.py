@@ -98,7 +98,7 @@ class Database:
         """Rows of one statement, over a connection of its own."""
 
         async def work() -> list[Any]:
-            connection = await connect(self.dsn, name="test")
+            connection = await connect(self.dsn, name="test", role=None)
             try:
                 rows: list[Any] = await connection.fetch(statement, *arguments)
                 return rows
@@ -114,7 +114,7 @@ class Database:
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[asyncpg.Connection]:
         """An open connection; use it inside `bridge.run`."""
-        opened = await self.bridge.run(lambda: connect(self.dsn, name="test"))
+        opened = await self.bridge.run(lambda: connect(self.dsn, name="test", role=None))
         try:
             yield opened
         finally:

@@ -16,7 +16,7 @@ from actors.ports import Clock
 from router.json_text import storable
 
 from .bridge import Bridge
-from .connections import Line
+from .connections import OWNER, Line
 from .errors import TRANSIENT, translated
 from .statements import statements
 
@@ -54,8 +54,8 @@ class PostgresArchives:
     def __init__(self, bridge: Bridge, dsn: Callable[[], str], *, clock: Clock) -> None:
         self._bridge = bridge
         self._clock = clock
-        self._line = Line(dsn, "archive")
-        self._ddl_line = Line(dsn, "archive-ddl", settings={"lock_timeout": "2s"})
+        self._line = Line(dsn, "archive", role=OWNER)
+        self._ddl_line = Line(dsn, "archive-ddl", role=OWNER, settings={"lock_timeout": "2s"})
 
     async def close(self) -> None:
         async def close() -> None:

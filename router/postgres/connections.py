@@ -20,6 +20,10 @@ BY_KEY: Mapping[str, str] = {
     "enable_mergejoin": "off",
     "max_parallel_workers_per_gather": "0",
 }
+# Whoever logs in is a member of all of them (migrations/0009_roles.sql) and works as one.
+OWNER = "router_owner"
+SERVICE = "router_service"
+ADMIN = "router_admin"
 CONNECT_TIMEOUT = 5.0  # seconds; the database probe is bounded by the same (M26)
 STATEMENT_TIMEOUT = 30.0
 
@@ -28,10 +32,13 @@ async def connect(
     dsn: str,
     *,
     name: str,
+    role: str | None,
     statement_timeout: float | None = STATEMENT_TIMEOUT,
     settings: Mapping[str, str] = MappingProxyType({}),
 ) -> asyncpg.Connection:
-    """One connection, durable on its own account whatever the server's default is; `settings` are added."""
+    """One connection, durable on its own account whatever the server's default is. `role` None: as whoever
+    logs in, which is for migrations, before which there are no roles. `settings` are added.
+    """
     return await asyncpg.connect(
         dsn,
         timeout=CONNECT_TIMEOUT,
@@ -44,6 +51,7 @@ async def connect(
             "tcp_keepalives_idle": "5",
             "tcp_keepalives_interval": "2",
             "tcp_keepalives_count": "3",
+            **({} if role is None else {"role": role}),
             **settings,
         },
     )
@@ -57,11 +65,13 @@ class Line:
         dsn: Callable[[], str],
         name: str,
         *,
+        role: str = SERVICE,
         on_open: Callable[[asyncpg.Connection], Awaitable[None]] | None = None,
         settings: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._dsn = dsn
         self._name = name
+        self._role = role
         self._settings = settings
         self._on_open = on_open
         self._connection: asyncpg.Connection | None = None
@@ -72,7 +82,9 @@ class Line:
         """The open connection. What the block raises leaves it as it is, unless it was lost."""
         async with self._lock:
             if self._connection is None or self._connection.is_closed():
-                connection = await connect(self._dsn(), name=self._name, settings=self._settings)
+                connection = await connect(
+                    self._dsn(), name=self._name, role=self._role, settings=self._settings
+                )
                 try:
                     if self._on_open is not None:
                         await self._on_open(connection)

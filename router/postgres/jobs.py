@@ -116,6 +116,10 @@ class PostgresJobs:
             [one.value for one in listed],
         )
 
+    async def rls_audit(self) -> list[Any]:
+        """Tables whose rows are open to somebody by mistake: table, policy or None, finding."""
+        return await self._fetch("rls_audit")
+
     async def dlq_report(self, since: datetime, until: datetime) -> list[Any]:
         """By service: dead letters created in that time, and what became of them."""
         return await self._fetch("dlq_report", since, until)

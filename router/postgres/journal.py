@@ -19,7 +19,7 @@ from actors.ports import Clock
 
 from . import rows
 from .bridge import Bridge
-from .connections import Line, Lines
+from .connections import OWNER, Line, Lines
 from .errors import FLUSH_GIVEN_UP, TRANSIENT, is_homeless, translated
 from .statements import statements
 
@@ -61,7 +61,7 @@ class PostgresJournal:
         self._flush = 0
         self._append_line = Line(dsn, "append", on_open=self._register)
         self._complete_line = Line(dsn, "complete")
-        self._ddl_line = Line(dsn, "ddl")
+        self._ddl_line = Line(dsn, "ddl", role=OWNER)
         self._read_lines = Lines(dsn, "read", 2)
 
     async def close(self) -> None:

@@ -99,6 +99,8 @@ async def migrate(connection: asyncpg.Connection, migrations: Sequence[Migration
         for migration in await pending(connection, migrations):
             try:
                 async with connection.transaction():
+                    if await connection.fetchval(_SQL["has_owner"]):
+                        await connection.execute(_SQL["become_owner"])
                     await connection.execute(_SQL["make_history"])
                     await connection.execute(migration.sql)
                     await connection.execute(

@@ -29,6 +29,9 @@ SELECT postroom_record_metrics($1, $2, $3, $4, $5);
 -- name: dlq_report
 SELECT service, created, reprocessed, discarded, failed, still_open FROM postroom_dlq_report($1, $2);
 
+-- name: rls_audit
+SELECT table_name, policy, finding FROM postroom_rls_audit();
+
 -- name: list
 -- Every name of every job, and its last run.
 SELECT n.jobid, n.name, n.job, j.schedule, j.command, j.active, j.followed_to, j.requested_at,

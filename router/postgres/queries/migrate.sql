@@ -7,6 +7,14 @@ SELECT pg_advisory_unlock(7305, 5);
 -- name: has_history
 SELECT to_regclass('postroom_migrations') IS NOT NULL;
 
+-- name: has_owner
+-- From 0009 on everything belongs to a role of its own, and so does what is made later.
+SELECT coalesce((SELECT pg_get_userbyid(relowner) = 'router_owner' FROM pg_class
+                  WHERE oid = to_regclass('postroom_migrations')), false);
+
+-- name: become_owner
+SET LOCAL ROLE router_owner;
+
 -- name: foreign_tables
 SELECT relname AS name FROM pg_class
  WHERE relnamespace = current_schema()::regnamespace

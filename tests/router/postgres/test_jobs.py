@@ -30,6 +30,7 @@ JOBS = (
     "create-wa-events-partitions",
     "archive-partitions",
     "dlq-report",
+    "rls-audit",
 )
 NOW = datetime(2026, 3, 2, 12, tzinfo=UTC)
 
@@ -413,4 +414,4 @@ async def test_what_operators_ask_is_answered(
         ("session-cleanup", "succeeded"),
     }
     active = {name for name, on in (await switched(database)).items() if on}
-    assert active == {"create-wa-events-partitions", "archive-partitions", "dlq-report"}
+    assert active == {"create-wa-events-partitions", "archive-partitions", "dlq-report", "rls-audit"}

@@ -10,7 +10,7 @@ import asyncpg
 import pytest
 from postgres_kit import Database, database, database_dsn, server
 
-from router.postgres.connections import BY_KEY, connect
+from router.postgres.connections import BY_KEY, SERVICE, connect
 from router.postgres.statements import statements
 
 __all__ = ["database", "database_dsn", "server"]
@@ -45,11 +45,14 @@ async def test_no_partition_is_read_whole(database: Database, settings: dict[str
         pass  # it makes the partitions
 
     async def plans() -> list[str]:
-        connection: asyncpg.Connection = await connect(database.dsn, name="test", settings=settings)
+        connection: asyncpg.Connection = await connect(
+            database.dsn, name="test", role=None, settings=settings
+        )
         try:
             await connection.execute("ALTER SYSTEM SET autovacuum = off")
             await connection.execute("SELECT pg_reload_conf()")
             await connection.execute(_GROW, datetime.now(UTC), _ROWS)
+            await connection.execute(f"SET ROLE {SERVICE}")
             journal = statements("journal")
             assert len(await connection.fetch(journal["undelivered"])) == 99
             lines = []
@@ -57,6 +60,7 @@ async def test_no_partition_is_read_whole(database: Database, settings: dict[str
                 lines += [row[0] for row in await connection.fetch(f"EXPLAIN {journal[name]}", *arguments)]
             return lines
         finally:
+            await connection.execute("RESET ROLE")
             await connection.execute("ALTER SYSTEM RESET autovacuum")
             await connection.execute("SELECT pg_reload_conf()")
             await connection.close()
@@ -81,11 +85,12 @@ async def test_a_claim_costs_as_much_as_there_are_conversations(database: Databa
     epoch = await database.take_epoch()
 
     async def claim() -> list[tuple[str, int, int]]:
-        connection: asyncpg.Connection = await connect(database.dsn, name="test")
+        connection: asyncpg.Connection = await connect(database.dsn, name="test", role=None)
         retrier, read = statements("retrier"), []
         now = datetime.now(UTC)
         try:
             await connection.execute(_BACKLOG, now, 20_000)
+            await connection.execute(f"SET ROLE {SERVICE}")
             for name, arguments in (
                 ("claim_dead_letters", (epoch, now, 16, ["rides"], False)),
                 ("log_retry_run", (epoch, now, now, 0, 0, None, ["rides"])),
