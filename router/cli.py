@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from router.archives import archive
+from router.audit import audit
 from router.command import (
     Failure,
     database_options,
@@ -42,6 +43,7 @@ def main() -> None:
 
 
 main.add_command(archive)
+main.add_command(audit)
 main.add_command(dlq)
 main.add_command(events)
 main.add_command(jobs)

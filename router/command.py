@@ -7,8 +7,10 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import re
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from router.operations import Operations
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_AGE = re.compile(r"(\d{1,9})([smhdw])", re.ASCII)
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
 class Failure(click.ClickException):
@@ -140,3 +145,16 @@ def actor() -> str:
         return f"cli:{getpass.getuser()}"
     except (KeyError, OSError):
         return "cli"
+
+
+def age(_context: click.Context, _option: click.Parameter, written: str | None) -> timedelta | None:
+    """`30m`, `12h`, `7d` as a time span."""
+    if written is None:
+        return None
+    match = _AGE.fullmatch(written)
+    if match is None:
+        raise click.BadParameter(f"{written!r} is not a time span; write it like 30m, 12h or 7d")
+    try:
+        return timedelta(**{_UNITS[match[2]]: int(match[1])})
+    except OverflowError:
+        raise click.BadParameter(f"{written} is too long") from None

@@ -5,7 +5,6 @@ at a time; what an act does stands in router.operations.
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 import uuid
@@ -19,6 +18,7 @@ from router.command import (
     F,
     Failure,
     actor,
+    age,
     json_option,
     operate,
     print_json,
@@ -32,26 +32,11 @@ if TYPE_CHECKING:
     from router.operations import Letters, Operations
 
 PAGE = 50  # letters in one statement of a bulk act
-_AGE = re.compile(r"(\d{1,9})([smhdw])", re.ASCII)
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-
-
-def _age(_context: click.Context, _option: click.Parameter, written: str | None) -> timedelta | None:
-    """`30m`, `12h`, `7d` as a time span."""
-    if written is None:
-        return None
-    match = _AGE.fullmatch(written)
-    if match is None:
-        raise click.BadParameter(f"{written!r} is not a time span; write it like 30m, 12h or 7d")
-    try:
-        return timedelta(**{_UNITS[match[2]]: int(match[1])})
-    except OverflowError:
-        raise click.BadParameter(f"{written} is too long") from None
 
 
 def _filters(function: F) -> F:
     for option in (
-        click.option("--older-than", callback=_age, metavar="AGE", help="Dead for longer: 30m, 12h, 7d."),
+        click.option("--older-than", callback=age, metavar="AGE", help="Dead for longer: 30m, 12h, 7d."),
         click.option(
             "--session", callback=printable, help="Only those of one conversation (its session_key)."
         ),

@@ -21,6 +21,10 @@ class OpenTables(Exception):
     """Rows of tables of ours are open to somebody by mistake; the message says which."""
 
 
+class NotWatched(Exception):
+    """The audit log is to know of tables that cannot be watched; the message says why."""
+
+
 class Housekeeping:
     """The jobs of one router, by name."""
 
@@ -49,6 +53,7 @@ class Housekeeping:
             "archive-partitions": self.archive,
             "dlq-report": self.report_dead_letters,
             "rls-audit": self.audit_rls,
+            "attach-audit": self.attach_audit,
         }
 
     async def clean(self, epoch: int) -> str:
@@ -133,3 +138,10 @@ class Housekeeping:
                 )
             )
         return "no findings"
+
+    async def attach_audit(self, epoch: int) -> str:
+        """Raises NotWatched when a table could not be."""
+        attached, problems = await self._jobs.attach_audit()
+        if problems:
+            raise NotWatched("; ".join(problems))
+        return f"watches {', '.join(attached)} from now on" if attached else "nothing new"

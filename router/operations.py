@@ -37,6 +37,7 @@ _CHECK = statements("check")
 _JOURNAL = statements("journal")
 _EVENTS = statements("events")
 _JOBS = statements("jobs")
+_AUDIT = statements("audit")
 _PAGE = 100  # events
 
 
@@ -49,6 +50,10 @@ class UnknownApp(Exception):
             f"event {event_id} is of app {app!r}, which the configuration does not have with its secret; "
             "add it, or set the variable that has the secret"
         )
+
+
+class CannotWatch(Exception):
+    """A table cannot be watched; the message says why."""
 
 
 class UnknownJob(Exception):
@@ -278,6 +283,37 @@ class Operations:
     async def rls_audit(self) -> list[dict[str, Any]]:
         """Tables whose rows are open to somebody by mistake."""
         return [dict(row) for row in await self.run(lambda c: c.fetch(_JOBS["rls_audit"]))]
+
+    # The audit log
+
+    async def audit_log(
+        self, table: str | None, identity: str | None, since: datetime | None, limit: int
+    ) -> list[dict[str, Any]]:
+        """Newest first: of one table, of one row (by its key, or by the hash of it), since then."""
+        rows = await self.run(lambda c: c.fetch(_AUDIT["list"], table, identity, since, limit))
+        return [{**row, "detail": orjson.loads(row["detail"])} for row in rows]
+
+    async def watch(self, table: str, ignored: Sequence[str]) -> None:
+        """Have the audit log know of every change. Raises CannotWatch."""
+        await self._of_table(_AUDIT["watch"], table, list(ignored))
+
+    async def unwatch(self, table: str) -> None:
+        """Raises CannotWatch."""
+        await self._of_table(_AUDIT["unwatch"], table)
+
+    async def _of_table(self, statement: str, *arguments: Any) -> None:
+        async def work(connection: asyncpg.Connection) -> None:
+            try:
+                await connection.execute(statement, *arguments)
+            except (
+                asyncpg.UndefinedTableError,
+                asyncpg.RaiseError,
+                asyncpg.InsufficientPrivilegeError,
+                asyncpg.WrongObjectTypeError,
+            ) as error:
+                raise CannotWatch(str(error)) from None
+
+        await self.run(work)
 
     # Archives
 

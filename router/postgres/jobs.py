@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, TypeVar
-
-import asyncpg
+from typing import Any
 
 from actors.ports import Clock, Job
 
 from . import rows
 from .bridge import Bridge
-from .connections import Line
+from .connections import OWNER, Line
 from .errors import TRANSIENT, translated
 from .statements import statements
-
-T = TypeVar("T")
 
 _SQL = statements("jobs")
 _PAGE = 5_000  # rows looked at in one transaction
@@ -33,31 +29,36 @@ class Metric:
 
 
 class PostgresJobs:
-    """One connection: a job is in no hurry, and must not keep others waiting."""
+    """A connection for all jobs, which are in no hurry and must not keep others waiting; and one for what
+    changes the schema."""
 
     def __init__(self, bridge: Bridge, dsn: Callable[[], str], *, clock: Clock) -> None:
         self._bridge = bridge
         self._clock = clock
         self._line = Line(dsn, "jobs")
+        self._owner_line = Line(dsn, "jobs-ddl", role=OWNER, settings={"lock_timeout": "2s"})
 
     async def close(self) -> None:
-        await self._bridge.run(self._line.close)
+        async def close() -> None:
+            await self._line.close()
+            await self._owner_line.close()
 
-    async def _run(self, work: Callable[[asyncpg.Connection], Awaitable[T]]) -> T:
-        async def run() -> T:
+        await self._bridge.run(close)
+
+    async def _fetch(self, name: str, *arguments: Any, line: Line | None = None) -> list[Any]:
+        used = self._line if line is None else line
+
+        async def fetch() -> list[Any]:
             with translated("jobs"):
                 try:
-                    async with self._line.use() as connection:
-                        return await work(connection)
+                    async with used.use() as connection:
+                        found: list[Any] = await connection.fetch(_SQL[name], *arguments)
+                        return found
                 except TRANSIENT:
-                    self._line.drop()
+                    used.drop()
                     raise
 
-        return await self._bridge.run(run)
-
-    async def _fetch(self, name: str, *arguments: Any) -> list[Any]:
-        rows: list[Any] = await self._run(lambda connection: connection.fetch(_SQL[name], *arguments))
-        return rows
+        return await self._bridge.run(fetch)
 
     # The log
 
@@ -115,6 +116,12 @@ class PostgresJobs:
             [one.metric for one in listed],
             [one.value for one in listed],
         )
+
+    async def attach_audit(self) -> tuple[list[str], list[str]]:
+        """Watch tables that the audit log is to know of and does not yet: their names, and why others could
+        not be watched."""
+        row = (await self._fetch("attach_audit", line=self._owner_line))[0]
+        return row["attached"], row["problems"]
 
     async def rls_audit(self) -> list[Any]:
         """Tables whose rows are open to somebody by mistake: table, policy or None, finding."""

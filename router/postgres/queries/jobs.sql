@@ -32,6 +32,9 @@ SELECT service, created, reprocessed, discarded, failed, still_open FROM postroo
 -- name: rls_audit
 SELECT table_name, policy, finding FROM postroom_rls_audit();
 
+-- name: attach_audit
+SELECT attached, problems FROM postroom_attach_audit();
+
 -- name: list
 -- Every name of every job, and its last run.
 SELECT n.jobid, n.name, n.job, j.schedule, j.command, j.active, j.followed_to, j.requested_at,

@@ -31,6 +31,7 @@ JOBS = (
     "archive-partitions",
     "dlq-report",
     "rls-audit",
+    "attach-audit",
 )
 NOW = datetime(2026, 3, 2, 12, tzinfo=UTC)
 
@@ -414,4 +415,10 @@ async def test_what_operators_ask_is_answered(
         ("session-cleanup", "succeeded"),
     }
     active = {name for name, on in (await switched(database)).items() if on}
-    assert active == {"create-wa-events-partitions", "archive-partitions", "dlq-report", "rls-audit"}
+    assert active == {
+        "create-wa-events-partitions",
+        "archive-partitions",
+        "dlq-report",
+        "rls-audit",
+        "attach-audit",
+    }
