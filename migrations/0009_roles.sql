@@ -120,6 +120,7 @@ BEGIN
                    'WITH (autovacuum_vacuum_insert_scale_factor = 0.1, autovacuum_analyze_scale_factor = 0.05)',
                    p_name, p_parent);
     EXECUTE format('ALTER TABLE %I ENABLE ROW LEVEL SECURITY', p_name);
+    EXECUTE format('ALTER TABLE %I OWNER TO router_owner', p_name);  -- also when somebody made it by hand
     EXECUTE format('ALTER TABLE %I ATTACH PARTITION %I FOR VALUES FROM (%L) TO (%L)',
                    p_parent, p_name, p_from, p_to);
     RETURN true;

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -11,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import archiving_process
 import pytest
 import trio
 from contracts.journal_contract import body, done, message
@@ -220,6 +223,27 @@ async def test_interrupted_at_any_step_rows_are_in_one_place_and_the_next_run_go
         *await world.archive(),
         *(["whatsapp_messages_y2026w10"] if archived else []),
     ]
+    assert await world.where() == (False, True)
+    await assert_conserved(world.database)
+
+
+@pytest.mark.parametrize("step", STEPS)
+async def test_killed_at_any_step_rows_are_in_one_place_and_the_next_run_goes_on(
+    world: World, step: str | int
+) -> None:
+    await world.week()
+    killed = await trio.run_process(
+        [
+            *(sys.executable, str(Path(archiving_process.__file__)), world.database.dsn),
+            *(world.files.location, f"{world.epoch}", f"{step}", LATER.isoformat()),
+        ],
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    there, archived = await world.where()
+    assert there != archived
+    await assert_conserved(world.database)
+    await world.archive()
     assert await world.where() == (False, True)
     await assert_conserved(world.database)
 
