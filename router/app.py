@@ -523,7 +523,7 @@ async def open_router(
         apply = config.database_url is None if apply_migrations is None else apply_migrations
 
         async def migrate() -> None:
-            await migrate_database(bridge, dsn(), apply=apply)
+            await migrate_database(bridge, dsn(), apply=apply, schema=config.schema)
 
         router = Router(config, handlers or {}, bridge=bridge, dsn=dsn, clock=clock, random_unit=random_unit)
         stack.push_async_callback(_shielded, router.close, 5.0)

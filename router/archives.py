@@ -82,10 +82,10 @@ def show(config: Config, name: str, as_json: bool) -> None:
 
 @archive.command()
 @click.argument("name")
-@click.option("--schema", default="restored", show_default=True, callback=printable, help="Where to.")
+@click.option("--into", default="restored", show_default=True, callback=printable, help="The schema.")
 @with_config
 @json_option
-def restore(config: Config, name: str, schema: str, as_json: bool) -> None:
+def restore(config: Config, name: str, into: str, as_json: bool) -> None:
     """Put an archive's tables back into the database, in a schema of their own.
 
     No router reads them there, and no job archives them again; drop the schema when you are done.
@@ -97,7 +97,7 @@ def restore(config: Config, name: str, schema: str, as_json: bool) -> None:
 
     async def work(operations: Any) -> dict[str, int]:
         try:
-            return await retrieval.restore(operations, _files(config), name, schema)
+            return await retrieval.restore(operations, _files(config), name, into)
         except (retrieval.ArchiveError, retrieval.RestoreError) as error:
             raise Failure(str(error)) from None
 

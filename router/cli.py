@@ -24,6 +24,7 @@ from router.command import (
     print_json,
     run_command,
     say,
+    with_config,
 )
 from router.config import Config
 from router.dlq import dlq
@@ -69,6 +70,7 @@ def serve(
     apply_migrations: bool,
     data_dir: Path | None,
     database_url: str | None,
+    schema: str | None,
     config_file: Path | None,
 ) -> None:
     """Take webhooks, store, route and deliver them, until SIGTERM.
@@ -86,6 +88,7 @@ def serve(
         dev=dev,
         data_dir=data_dir,
         database_url=database_url,
+        schema=schema,
     )
     from router.observe.logs import configure_logging
     from router.serve import echo
@@ -112,28 +115,34 @@ def serve(
 
 
 @main.command()
-@database_options
+@click.option("--dry-run", is_flag=True, help="Print the SQL that would be applied, and apply nothing.")
+@with_config
 @json_option
-def migrate(data_dir: Path | None, database_url: str | None, config_file: Path | None, as_json: bool) -> None:
+def migrate(config: Config, dry_run: bool, as_json: bool) -> None:
     """Bring the database's schema up to date.
 
     \b
     Example:   postroom migrate --database-url postgresql://localhost/postroom
     """
-    config = load(config_file=config_file, need_secrets=False, data_dir=data_dir, database_url=database_url)
 
-    async def run() -> list[str]:
-        from router.database import migrate_database, open_database
+    async def run() -> list[Any]:
+        from router.database import migrate_database, open_database, pending_migrations
         from router.postgres.bridge import open_bridge
 
         async with open_database(config, report=say) as dsn, open_bridge() as bridge:
-            return await migrate_database(bridge, dsn(), apply=True)
+            if dry_run:
+                return await pending_migrations(bridge, dsn())
+            return await migrate_database(bridge, dsn(), apply=True, schema=config.schema)
 
-    applied = run_command(run)
-    if as_json:
-        print_json({"applied": applied})
+    found = run_command(run)
+    if dry_run:
+        for migration in found:
+            click.echo(f"-- {migration.version:04}_{migration.name}\n\n{migration.sql}")
+        say(f"{len(found)} to apply")
+    elif as_json:
+        print_json({"applied": found})
     else:
-        click.echo("\n".join(f"applied {name}" for name in applied) or "nothing to apply")
+        click.echo("\n".join(f"applied {name}" for name in found) or "nothing to apply")
 
 
 @main.command()
@@ -161,16 +170,16 @@ def explain(text: str | None, active_service: str | None, config_file: Path | No
 
 
 @main.command()
-@database_options
-def dsn(data_dir: Path | None, database_url: str | None, config_file: Path | None) -> None:
+@with_config
+def dsn(config: Config) -> None:
     """Print the owner's connection string.
 
     \b
     Example:   psql "$(postroom dsn)"
     """
-    click.echo(
-        _dsn(load(config_file=config_file, need_secrets=False, data_dir=data_dir, database_url=database_url))
-    )
+    from router.database import in_schema
+
+    click.echo(in_schema(_dsn(config), config.schema))
 
 
 def _dsn(config: Config) -> str:
@@ -187,17 +196,14 @@ def _dsn(config: Config) -> str:
 
 
 @main.command(context_settings={"ignore_unknown_options": True})
-@database_options
+@with_config
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def psql(
-    data_dir: Path | None, database_url: str | None, config_file: Path | None, arguments: tuple[str, ...]
-) -> None:
+def psql(config: Config, arguments: tuple[str, ...]) -> None:
     """Open psql on the database; further arguments are psql's own.
 
     \b
     Example:   postroom psql -- -c 'SELECT count(*) FROM whatsapp_messages'
     """
-    config = load(config_file=config_file, need_secrets=False, data_dir=data_dir, database_url=database_url)
 
     async def run() -> int:
         import subprocess
@@ -218,15 +224,14 @@ def psql(
 
 
 @main.command()
-@database_options
+@with_config
 @json_option
-def check(data_dir: Path | None, database_url: str | None, config_file: Path | None, as_json: bool) -> None:
+def check(config: Config, as_json: bool) -> None:
     """Recount every item from the tables: each must be in exactly one place.
 
     \b
     Example:   postroom check --json
     """
-    config = load(config_file=config_file, need_secrets=False, data_dir=data_dir, database_url=database_url)
     result = operate(config, lambda operations: operations.check())
     if as_json:
         print_json(result.as_dict())
@@ -242,11 +247,9 @@ def check(data_dir: Path | None, database_url: str | None, config_file: Path | N
 
 
 @main.command("rls-audit")
-@database_options
+@with_config
 @json_option
-def rls_audit(
-    data_dir: Path | None, database_url: str | None, config_file: Path | None, as_json: bool
-) -> None:
+def rls_audit(config: Config, as_json: bool) -> None:
     """Look for tables without row-level security, without a policy, or with one that opens every row.
 
     Exit status 1 if there is one. docs/roles.md says who may do what.
@@ -254,7 +257,6 @@ def rls_audit(
     \b
     Example:   postroom rls-audit
     """
-    config = load(config_file=config_file, need_secrets=False, data_dir=data_dir, database_url=database_url)
     findings = operate(config, lambda operations: operations.rls_audit())
     if as_json:
         print_json(findings)
@@ -274,18 +276,16 @@ def rls_audit(
 @click.option("--phone", default="250780000001", show_default=True, help="Who writes.")
 @click.option("--number", default="100000000000001", show_default=True, help="phone_number_id written to.")
 @click.option("--wait", type=float, default=10.0, show_default=True, help="Seconds to wait for its outcome.")
-@database_options
+@with_config
 @json_option
 def send(
+    config: Config,
     text: str,
     url: str,
     secret: str,
     phone: str,
     number: str,
     wait: float,
-    data_dir: Path | None,
-    database_url: str | None,
-    config_file: Path | None,
     as_json: bool,
 ) -> None:
     """Send one signed message into a running router and print what became of it.
@@ -293,7 +293,6 @@ def send(
     \b
     Example:   postroom send --text taxi
     """
-    config = load(config_file=config_file, need_secrets=False, data_dir=data_dir, database_url=database_url)
 
     async def run() -> dict[str, Any]:
         from router.trial import send_one

@@ -37,6 +37,7 @@ def database_options(function: F) -> F:
         click.option(
             "--config", "config_file", type=click.Path(path_type=Path), help="postroom.toml to read."
         ),
+        click.option("--schema", help="Schema of the database that Postroom's tables are in [public]."),
         click.option("--database-url", help="Postgres to use instead of the embedded one."),
         click.option(
             "--data-dir",
@@ -122,10 +123,18 @@ def with_config(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def command(
-        data_dir: Path | None, database_url: str | None, config_file: Path | None, **rest: Any
+        data_dir: Path | None,
+        database_url: str | None,
+        schema: str | None,
+        config_file: Path | None,
+        **rest: Any,
     ) -> Any:
         config = load(
-            config_file=config_file, need_secrets=False, data_dir=data_dir, database_url=database_url
+            config_file=config_file,
+            need_secrets=False,
+            data_dir=data_dir,
+            database_url=database_url,
+            schema=schema,
         )
         return function(config=config, **rest)
 

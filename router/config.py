@@ -173,6 +173,7 @@ class SenderConfig:
 class Config:
     """Everything that a router is told. `database_url` None means the embedded Postgres in `data_dir`.
     `archive` is the directory or the URI of an object store where archives are kept; None: in `data_dir`.
+    `schema` is the one of the database that our tables are in; None: the first of the login's search path.
     Without `admin_token` whatever asks for one on the admin port is refused. Without `sender` replies are
     stored as `unsent`, and are never sent.
 
@@ -193,6 +194,7 @@ class Config:
     data_dir: Path = Path(".postroom")
     archive: str | None = None
     database_url: str | None = field(default=None, repr=False)
+    schema: str | None = None
     admin_token: str | None = field(default=None, repr=False)
     session_ttl_hours: int = 24
     router_timeout_ms: int = DEFAULT_TIMEOUT_MS
@@ -220,6 +222,7 @@ class Config:
         data_dir: str | Path = ".postroom",
         archive: str | None = None,
         database_url: str | None = None,
+        schema: str | None = None,
         host: str = "127.0.0.1",
         port: int = 8080,
         admin_port: int = 8081,
@@ -246,6 +249,7 @@ class Config:
             data_dir=Path(data_dir),
             archive=archive,
             database_url=database_url,
+            schema=schema,
             host=host,
             port=port,
             admin_port=admin_port,

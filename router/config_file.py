@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from router.config import DEFAULT_DEADLINE_MS, Problem
 from router.config_rules import dotted
@@ -100,6 +100,7 @@ class FileTable(_Strict):
     admin_port: int | None = None
     data_dir: str | None = None
     archive: str | None = None
+    schema_: str | None = Field(default=None, alias="schema")
     session_ttl_hours: int | None = None
     router_timeout_ms: int | None = None
     core_p95_slo_ms: int | None = None
@@ -177,7 +178,7 @@ def _wrong_value(kind: str, message: str, keys: tuple[str, ...]) -> Problem:
 
 def _known_keys(keys: tuple[str, ...]) -> list[str]:
     table = _TABLES.get(keys[0], FileTable) if len(keys) > 1 else FileTable
-    return sorted(table.model_fields)
+    return sorted(field.alias or name for name, field in table.model_fields.items())
 
 
 def _prune(raw: dict[str, Any], loc: tuple[int | str, ...]) -> None:

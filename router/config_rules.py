@@ -38,6 +38,7 @@ _APP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}", re.ASCII)
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
 _BEARER_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]{1,4096}=*", re.ASCII)  # RFC 6750, section 2.1
 ARCHIVE_SCHEMES = ("file", "s3", "gs", "abfs")  # that pyarrow.fs.FileSystem.from_uri takes
+_SCHEMA = re.compile(r"(?!pg_)[a-z_][a-z0-9_]{0,62}", re.ASCII)
 _ADMIN_TOKEN = re.compile(r"[A-Za-z0-9._~+/=-]{16,512}", re.ASCII)  # RFC 6750, section 2.1
 _NUMBER = re.compile(r"[0-9]{1,32}", re.ASCII)
 _INT32_MAX: Final = 2**31 - 1
@@ -60,6 +61,7 @@ def find_problems(config: Config) -> tuple[Problem, ...]:
         *_addresses(config),
         *_times(config),
         *_database(config.database_url),
+        *_schema(config.schema),
     )
 
 
@@ -437,6 +439,11 @@ def _database(url: str | None) -> Iterator[Problem]:
         yield Problem(name, f"pool_mode={query['pool_mode']} asks for transaction pooling", session_fix)
     elif any(host.partition(".")[0].endswith("-pooler") for host, _ in places):
         yield Problem(name, "its host is a transaction pooler (-pooler)", "use the host without -pooler")
+
+
+def _schema(name: str | None) -> Iterator[Problem]:
+    if name is not None and not _SCHEMA.fullmatch(name):
+        yield Problem("schema", "is not the name of a schema", "use a-z, 0-9 and _, not pg_..., at most 63")
 
 
 def _host_and_port(place: str) -> tuple[str, str]:

@@ -373,7 +373,7 @@ async def open_operations(
         EmbeddedPostgresError, MigrationError, JournalUnavailable: the database cannot be used.
     """
     async with open_database(config, report=report) as dsn, open_bridge() as bridge:
-        await migrate_database(bridge, dsn(), apply=config.database_url is None)
+        await migrate_database(bridge, dsn(), apply=config.database_url is None, schema=config.schema)
 
         async def open_connection() -> asyncpg.Connection:
             try:

@@ -96,6 +96,7 @@ def load_config(
         data_dir=directory / str(data_dir),
         archive=_place(directory, table.archive),
         database_url=reader.database_url(overrides),
+        schema=_text(overrides.get("schema")) or table.schema_,
         admin_token=reader.admin_token(),
         dev=reader.dev,
         generated=reader.generated,
@@ -106,6 +107,10 @@ def load_config(
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def _text(given: object) -> str | None:
+    return given if isinstance(given, str) else None
 
 
 def _place(directory: Path, written: str | None) -> str | None:

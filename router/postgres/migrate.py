@@ -69,7 +69,7 @@ async def pending(connection: asyncpg.Connection, migrations: Sequence[Migration
         if taken:
             raise MigrationError(
                 f"tables of the same name are there that are not Postroom's: {', '.join(taken)}; "
-                "use another database"
+                "use another database, or another schema of it with --schema"
             )
         return list(migrations)
     applied = {row["version"]: row["checksum"] for row in await connection.fetch(_SQL["history"])}
@@ -87,14 +87,18 @@ async def pending(connection: asyncpg.Connection, migrations: Sequence[Migration
     return [migration for migration in migrations if migration.version not in applied]
 
 
-async def migrate(connection: asyncpg.Connection, migrations: Sequence[Migration]) -> list[Migration]:
-    """Apply what is pending; returns it.
+async def migrate(
+    connection: asyncpg.Connection, migrations: Sequence[Migration], schema: str | None = None
+) -> list[Migration]:
+    """Apply what is pending; returns it. `schema` is made if it is missing.
 
     Raises:
         MigrationError: as `pending`, or one failed: it was rolled back, those before it stay.
     """
     await connection.execute(_SQL["lock"])
     try:
+        if schema is not None:
+            await connection.execute(await connection.fetchval(_SQL["create_schema"], schema))
         applied = []
         for migration in await pending(connection, migrations):
             try:

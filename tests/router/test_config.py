@@ -646,3 +646,24 @@ def _string(text: str) -> str:
         char if char.isprintable() and char not in '"\\' else f"\\U{ord(char):08x}" for char in text
     )
     return f'"{escaped}"'
+
+
+@each("schema", ["Postroom", "pg_mine", "a-b", "a b", "", "x" * 64, "1a", "a;b"])
+def test_a_schema_is_a_plain_name(tmp_path: Path, schema: str) -> None:
+    if schema:
+        [problem] = errors(tmp_path, f'schema = "{schema}"', ENV)
+        assert problem.startswith("schema: ")
+    assert load(tmp_path, 'schema = "mine"', ENV).schema == "mine"
+    assert load(tmp_path, 'schema = "mine"', ENV, schema="yours").schema == "yours"
+
+
+@each("archive", ["ftp://x/y", "http://x", "a\\u0000b"])
+def test_archives_have_a_place_that_can_be_written(tmp_path: Path, archive: str) -> None:
+    [problem] = errors(tmp_path, f'archive = "{archive}"', ENV)
+    assert problem.startswith("archive: ")
+
+
+def test_where_archives_are(tmp_path: Path) -> None:
+    assert load(tmp_path, "", ENV).archive_location == str(load(tmp_path, "", ENV).data_dir / "archive")
+    assert load(tmp_path, 'archive = "old"', ENV).archive_location == str(tmp_path / "old")
+    assert load(tmp_path, 'archive = "s3://b/p"', ENV).archive_location == "s3://b/p"

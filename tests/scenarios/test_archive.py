@@ -65,14 +65,14 @@ async def test_what_is_past_its_retention_is_archived_and_found_again(home: Path
             assert restored[f"restored.{name}"] == 2
             assert await database.value(f'SELECT count(*) FROM restored."{name}"') == 2
             assert "there already" in await archive("restore", name, exits=1)
-            assert (await archive("restore", name, "--schema", "again", "--json"))[f"again.{name}"] == 2
+            assert (await archive("restore", name, "--into", "again", "--json"))[f"again.{name}"] == 2
             assert "there is no archive nothing" in await archive("restore", "nothing", exits=1)
             await archive("search", exits=2)
             assert (await kit.postroom("check", *common, cwd=home)).returncode == 0
             table = home / "data/archive" / name / "items.parquet"
             table.write_bytes(table.read_bytes()[:-30])
             assert f"archive {name}" in await archive("show", name, exits=1)
-            assert f"archive {name}" in await archive("restore", name, "--schema", "third", exits=1)
+            assert f"archive {name}" in await archive("restore", name, "--into", "third", exits=1)
             assert await database.value("SELECT to_regnamespace('third') IS NULL")
         finally:
             router.end()

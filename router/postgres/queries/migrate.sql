@@ -4,6 +4,9 @@ SELECT pg_advisory_lock(7305, 5);
 -- name: unlock
 SELECT pg_advisory_unlock(7305, 5);
 
+-- name: create_schema
+SELECT format('CREATE SCHEMA IF NOT EXISTS %I', $1::text);
+
 -- name: has_history
 SELECT to_regclass('postroom_migrations') IS NOT NULL;
 
@@ -19,7 +22,9 @@ SET LOCAL ROLE router_owner;
 SELECT relname AS name FROM pg_class
  WHERE relnamespace = current_schema()::regnamespace
    AND relname IN ('wa_events', 'whatsapp_messages', 'whatsapp_messages_items', 'message_outcomes', 'user_sessions',
-                   'webhook_dlq', 'processed_webhook_messages', 'journal_head', 'leases', 'session_names')
+                   'webhook_dlq', 'processed_webhook_messages', 'journal_head', 'leases', 'session_names',
+                   'whatsapp_outbox', 'whatsapp_statuses', 'whatsapp_home_menu_items', 'dlq_processing_log',
+                   'wa_dead_letter_queue', 'audit_log', 'system_settings', 'service_metrics')
  ORDER BY relname;
 
 -- name: make_history

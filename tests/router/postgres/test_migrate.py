@@ -7,10 +7,13 @@ from dataclasses import replace
 
 import pytest
 import trio
+from contracts.journal_contract import body, done, message
+from journal_kit import appended, assert_conserved
 from postgres_kit import Database, PostgresServer, open_test_database, server
+from tables import each
 
 from actors.errors import JournalUnavailable
-from router.database import migrate_database
+from router.database import in_schema, migrate_database, pending_migrations
 from router.postgres.migrate import Migration, MigrationError, migrate, shipped_migrations
 
 __all__ = ["server"]
@@ -98,3 +101,49 @@ async def test_one_that_fails_is_rolled_back_and_those_before_it_stay(empty: Dat
 async def test_a_database_out_of_reach(empty: Database) -> None:
     with pytest.raises(JournalUnavailable, match="cannot connect"):
         await migrate_database(empty.bridge, empty.dsn.replace("/test_", "/absent_"), apply=True)
+
+
+async def test_what_would_be_applied_is_told_and_not_applied(empty: Database) -> None:
+    told = await pending_migrations(empty.bridge, empty.dsn)
+    assert [f"{one.version:04}_{one.name}" for one in told] == NAMES
+    assert "CREATE TABLE wa_events" in told[0].sql
+    assert await empty.value("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'") == 0
+    await migrate_database(empty.bridge, empty.dsn, apply=True)
+    assert await pending_migrations(empty.bridge, empty.dsn) == []
+
+
+async def test_a_schema_of_its_own_beside_tables_of_the_same_names(empty: Database) -> None:
+    await empty.fetch("CREATE TABLE user_sessions (mine text)")
+    dsn = in_schema(empty.dsn, "postroom")
+    assert await migrate_database(empty.bridge, dsn, apply=True, schema="postroom") == NAMES
+    assert await migrate_database(empty.bridge, dsn, apply=False, schema="postroom") == []
+    async with open_test_database(dsn) as mine, mine.journal() as journal:
+        assert (await appended(journal, body(message("a")))).first_seq == 1
+        [item] = await journal.read([1])
+        epoch = await mine.take_epoch()
+        await journal.complete([done(item)], epoch=epoch, low_water=2, stragglers=[])
+        await assert_conserved(mine)
+        assert await mine.value("SELECT count(*) FROM postroom_rls_audit()") == 0
+        assert await mine.value("SELECT count(*) FROM postroom.wa_events") == 1
+    assert [
+        row[0] for row in await empty.fetch("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
+    ] == ["user_sessions"]
+
+
+@each(
+    "dsn, expected",
+    [
+        ("postgresql://a@h/d", "postgresql://a@h/d?options=-c%20search_path%3Ds"),
+        (
+            "postgresql://a@h/d?options=-c%20jit%3Doff&x=1",
+            "postgresql://a@h/d?x=1&options=-c%20jit%3Doff%20-c%20search_path%3Ds",
+        ),
+        (
+            "postgresql://a@/d?host=%2Ftmp%2Fx&port=5432",
+            "postgresql://a@/d?host=%2Ftmp%2Fx&port=5432&options=-c%20search_path%3Ds",
+        ),
+    ],
+)
+def test_a_connection_string_with_a_schema(dsn: str, expected: str) -> None:
+    assert in_schema(dsn, "s") == expected
+    assert in_schema(dsn, None) == dsn
