@@ -14,6 +14,7 @@ from bench import coldstart as coldstart_benchmark
 from bench import hang as hang_benchmark
 from bench import outage as outage_benchmark
 from bench import recover as recover_benchmark
+from bench import storage as storage_benchmark
 from bench.databases import UnfairDatabase
 from bench.processes import ProcessFailed
 
@@ -122,6 +123,28 @@ def outage(rounds: int, seconds: float, rate: float, json_path: Path | None) -> 
     """
     settings = outage_benchmark.OutageSettings(rounds=rounds, seconds=seconds, rate=rate)
     _finish(lambda: outage_benchmark.run(settings, json_path))
+
+
+@main.command()
+@click.option(
+    "--items", default=20_000, show_default=True, type=click.IntRange(1_000), help="Of each batch size."
+)
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="Pairs of loads.")
+@click.option(
+    "--long-seconds",
+    default=600.0,
+    show_default=True,
+    type=click.FloatRange(10),
+    help="Length of the load in which dead tuples are counted.",
+)
+@_JSON
+def storage(items: int, rounds: int, long_seconds: float, json_path: Path | None) -> None:
+    """What a message costs the database over its whole life, and what is left of it.
+
+    Example: python -m bench storage --rounds 5
+    """
+    settings = storage_benchmark.StorageSettings(items=items, rounds=rounds, long_seconds=long_seconds)
+    _finish(lambda: storage_benchmark.run(settings, json_path))
 
 
 @main.command()
