@@ -18,7 +18,7 @@ import scenarios_kit as kit
 import trio
 from scenarios_kit import Database, open_services
 
-from router.postgres.connections import connect
+from router.postgres.connections import SERVICE, connect
 
 pytestmark = pytest.mark.postgres
 
@@ -35,7 +35,7 @@ async def test_the_routers_connections_are_durable(home: Path) -> None:
             database = Database.of(home / "data")
 
             async def read(_: object) -> dict[str, str]:
-                connection = await connect(database.dsn, name="append")
+                connection = await connect(database.dsn, name="append", role=SERVICE)
                 try:
                     names = ("fsync", "synchronous_commit", "full_page_writes")
                     return {name: await connection.fetchval(f"SHOW {name}") for name in names}
@@ -58,7 +58,7 @@ async def test_the_routers_connections_do_not_follow_a_careless_default(home: Pa
             await database.value("ALTER DATABASE postroom SET synchronous_commit = off")
 
             async def read(own: object) -> tuple[str, str]:
-                connection = await connect(database.dsn, name="append")
+                connection = await connect(database.dsn, name="append", role=SERVICE)
                 try:
                     show = "SHOW synchronous_commit"
                     return await own.fetchval(show), await connection.fetchval(show)  # type: ignore[attr-defined]

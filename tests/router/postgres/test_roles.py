@@ -226,10 +226,14 @@ async def test_roles_that_are_there_are_used(database: Database) -> None:
 
 
 @pytest.fixture
-async def login(server: PostgresServer) -> AsyncIterator[tuple[str, str]]:
+def empty_dsn(server: PostgresServer) -> str:
+    return server.create_database(migrated=False)
+
+
+@pytest.fixture
+async def login(empty_dsn: str) -> AsyncIterator[tuple[str, str]]:
     """Its name, and the connection string of an empty database that is its own."""
-    name = f"login_{os.getpid()}"
-    dsn = server.create_database(migrated=False)
+    name, dsn = f"login_{os.getpid()}", empty_dsn
     async with open_test_database(dsn) as database:
         await database.fetch(f"DROP ROLE IF EXISTS {name}")
         await database.fetch(f"CREATE ROLE {name} LOGIN")
