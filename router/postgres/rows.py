@@ -166,13 +166,18 @@ def text(value: str) -> str:
 
 
 def completion_arguments(completions: Sequence[Completion], now: datetime, reply_status: str) -> list[Any]:
-    """postroom_complete's arguments from c_seq on. Of several sessions' changes the last one counts."""
+    """postroom_complete's arguments from c_seq on. Of several changes of a session the last one counts; of an
+    item that is there twice, as one that was delivered again after a crash in here, the first."""
     done: list[tuple[Any, ...]] = []
     replies: list[tuple[Any, ...]] = []
     letters: list[tuple[Any, ...]] = []
     sessions: dict[str, Session] = {}
+    seen: set[int] = set()
     for completion in completions:
         item = completion.item
+        if item.seq in seen:
+            continue
+        seen.add(item.seq)
         done.append(
             (
                 item.seq,

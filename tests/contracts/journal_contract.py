@@ -652,8 +652,18 @@ async def dead_letters_are_for_the_epoch_in_force(world: World) -> None:
     assert await world.outbox() == 0
 
 
+async def an_item_that_is_twice_in_a_batch_is_recorded_once(world: World) -> None:
+    [item] = await world.read((await world.append(body(message("a")))).first_seq)
+    [other] = await world.read((await world.append(body(message("b", "2")))).first_seq)
+    await world.complete(done(item, replies=1), done(item, replies=1), done(other, replies=1))
+    assert await world.outcomes() == 2
+    assert await world.outbox() == 2
+    assert await world.undelivered() == []
+
+
 CONTRACT: list[Callable[[World], Awaitable[None]]] = [
     appends_get_gapless_seqs_in_order,
+    an_item_that_is_twice_in_a_batch_is_recorded_once,
     duplicates_are_reported_with_their_positions,
     a_flush_with_duplicates_writes_nothing,
     duplicates_are_tallied_with_the_flush,

@@ -106,3 +106,56 @@ async def test_a_claim_costs_as_much_as_there_are_conversations(database: Databa
     read = await database.bridge.run(claim)
     assert [found for _, found, _ in read] == [16, 1, 20]
     assert all(rows < 1_000 for _, _, rows in read), read
+
+
+_READ_OF_OUTCOMES = """
+SELECT coalesce(sum(seq_tup_read + idx_tup_fetch), 0)::bigint FROM pg_stat_xact_user_tables
+ WHERE relname LIKE 'message_outcomes%' OR relname = 'user_sessions'
+"""
+
+
+async def test_a_completion_reads_nothing_but_what_it_completes(database: Database) -> None:
+    """Beside a partition of which nothing is known yet, and a few thousand sessions."""
+    async with database.journal():
+        pass
+    epoch = await database.take_epoch()
+    now = datetime.now(UTC)
+
+    async def complete() -> int:
+        connection: asyncpg.Connection = await connect(database.dsn, name="test", role=None)
+        try:
+            await connection.execute("ALTER SYSTEM SET autovacuum = off")
+            await connection.execute("SELECT pg_reload_conf()")
+            await connection.execute(_GROW, now, _ROWS)
+            await connection.execute(_SESSIONS, now)
+            await connection.execute(f"SET ROLE {SERVICE}")
+            async with connection.transaction():
+                await connection.execute(
+                    _COMPLETE, epoch, now, list(range(1, 65)), [f"k{n}" for n in range(64)]
+                )
+                read: int = await connection.fetchval(_READ_OF_OUTCOMES)
+                return read
+        finally:
+            await connection.execute("RESET ROLE")
+            await connection.execute("ALTER SYSTEM RESET autovacuum")
+            await connection.execute("SELECT pg_reload_conf()")
+            await connection.close()
+
+    assert await database.bridge.run(complete) < 1_000
+    assert await database.value("SELECT count(*) FROM user_sessions WHERE version = 2") == 64
+
+
+_SESSIONS = """
+INSERT INTO user_sessions (session_key, phone_number_id, version, last_interaction, created_at)
+SELECT 'k' || n, '1', 1, $1, $1 FROM generate_series(0, 4999) n
+"""
+_COMPLETE = """
+SELECT postroom_complete($1, $2, 1, '{}', $3::bigint[], array_fill($2::timestamptz, ARRAY[64]),
+                         array_fill('delivered'::text, ARRAY[64]), array_fill('rides'::text, ARRAY[64]),
+                         array_fill('keyword'::text, ARRAY[64]), array_fill(1, ARRAY[64]),
+                         array_fill(false, ARRAY[64]), $4::text[], array_fill('1'::text, ARRAY[64]),
+                         array_fill(NULL::text, ARRAY[64]), array_fill(NULL::text, ARRAY[64]),
+                         array_fill(NULL::text, ARRAY[64]), array_fill('{}'::text, ARRAY[64]),
+                         array_fill(2::bigint, ARRAY[64]), '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}',
+                         'unsent', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}')
+"""
