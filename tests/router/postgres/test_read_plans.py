@@ -157,6 +157,6 @@ SELECT postroom_complete($1, $2, 1, '{}', $3::bigint[], array_fill($2::timestamp
                          array_fill(NULL::text, ARRAY[64]), array_fill(NULL::text, ARRAY[64]),
                          array_fill(NULL::text, ARRAY[64]), array_fill('{}'::text, ARRAY[64]),
                          array_fill(2::bigint, ARRAY[64]), '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}',
-                         'unsent', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}',
-                         '{}')
+                         'unsent', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}',
+                         '{}', '{}')
 """
