@@ -1,0 +1,47 @@
+"""`python -m bench storage`: what its numbers mean, without a load."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.load import LoadResult
+from bench.rounds import Round
+from bench.storage import Held, Life, judge
+
+
+def load(rate: float, void: list[str] | None = None) -> Round:
+    result: Any = object.__new__(LoadResult)
+    object.__setattr__(result, "ok", int(rate * 10))
+    object.__setattr__(result, "seconds", 10.0)
+    return Round("router", 1, result, None, 1, 1, 1, 0.1, 0, 10, 1, 1, void or [])
+
+
+def life(batch: int, records: float) -> Life:
+    return Life(batch=batch, items=1, checkpoints=2, record_bytes=records, image_bytes=0, payload_bytes=600)
+
+
+def passed(lives: list[Life], pairs: list[Held], dead: list[int]) -> list[bool]:
+    return [one.passed for one in judge(lives, pairs, dead)]
+
+
+def test_full_page_images_are_apart_and_the_payload_is_not_counted() -> None:
+    assert life(100, 1_624).beyond_payload == 1_024
+    assert passed([life(100, 1_624)], [], [])[0]
+    assert not passed([life(100, 1_625)], [], [])[0]
+
+
+def test_only_the_large_batch_must_reach_the_goal() -> None:
+    verdicts = judge([life(1, 9_000), life(100, 1_000)], [], [1])
+    assert [one.required for one in verdicts] == [False, True, True, True]
+
+
+def test_nothing_measured_is_not_passed() -> None:
+    assert passed([life(100, 1_000)], [], []) == [True, False, False]
+    void = Held(load(100), load(100, ["the generator was the bottleneck"]))
+    assert passed([life(100, 1_000)], [void], [5]) == [True, False, True]
+
+
+def test_the_median_of_the_pairs_counts() -> None:
+    pairs = [Held(load(100), load(share)) for share in (50, 91, 99)]
+    assert passed([life(100, 1_000)], pairs, [5]) == [True, True, True]
+    assert passed([life(100, 1_000)], [*pairs, *pairs[:1], *pairs[:1]], [5]) == [True, False, True]
