@@ -94,7 +94,8 @@ CREATE FUNCTION postroom_read_jobs(p_epoch bigint, p_now timestamptz)
 RETURNS SETOF postroom_jobs LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM postroom_require_epoch(p_epoch);
-    UPDATE postroom_jobs SET followed_to = p_now WHERE followed_to IS NULL;
+    -- One that was followed by a clock that had leapt ahead would not be due until that time comes.
+    UPDATE postroom_jobs SET followed_to = p_now WHERE followed_to IS NULL OR followed_to > p_now + interval '1 hour';
     RETURN QUERY SELECT * FROM postroom_jobs;
 END $$;
 
@@ -343,7 +344,6 @@ BEGIN
     RETURNING d.*;
 END $$;
 
--- Beside the one of 0006, which a process of the version before calls for as long as it runs.
 CREATE FUNCTION postroom_log_retry_run(
     p_epoch bigint, p_started timestamptz, p_now timestamptz, p_processed integer, p_failed integer, p_error text,
     p_services text[]
@@ -384,6 +384,14 @@ BEGIN
     HAVING min(CASE WHEN l.retry_requested_at IS NOT NULL OR l.resolution IN ('no_service', 'deferred')
                     THEN p_now ELSE l.next_retry_at END) IS NOT NULL;
 END $$;
+
+-- What a process of the version before calls for as long as it runs.
+CREATE OR REPLACE FUNCTION postroom_log_retry_run(
+    p_epoch bigint, p_now timestamptz, p_processed integer, p_failed integer, p_error text, p_services text[]
+) RETURNS TABLE (service text, due timestamptz) LANGUAGE sql AS $$
+    SELECT r.service, r.due FROM postroom_log_retry_run(p_epoch, p_now, p_now, p_processed, p_failed, p_error,
+                                                        p_services) r
+$$;
 
 -- Jobs as pg_cron shows its own, for those who have none: operators' statements and dashboards run unchanged. A schema
 -- `cron` that is there already is somebody else's. postroom_drop_cron_views() makes room for the extension.
@@ -435,3 +443,13 @@ BEGIN
 END $$;
 
 SELECT postroom_make_cron_views();
+
+-- Called by triggers of statements from any session, whose search path may be another.
+DO $$
+DECLARE
+    name text;
+BEGIN
+    FOREACH name IN ARRAY '{postroom_job_changes(),postroom_cron_job_update(),process_dlq_entries()}'::text[] LOOP
+        EXECUTE format('ALTER FUNCTION %s SET search_path = %I, pg_temp', name, current_schema());
+    END LOOP;
+END $$;

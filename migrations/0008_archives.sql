@@ -32,6 +32,25 @@ INSERT INTO postroom_jobs (name, schedule, command) VALUES
     ('archive-partitions', '30 2 * * *', 'write partitions past their retention to archives, and drop them');
 INSERT INTO postroom_job_names (name, job) VALUES ('archive-partitions', 'archive-partitions');
 
+-- As in 0001. Who stands by asks twice a second: it must not queue for the lock, behind which every completion would
+-- wait, while the lease is not to be had.
+CREATE OR REPLACE FUNCTION postroom_take_lease(p_holder uuid, p_ttl interval, p_locked boolean)
+RETURNS bigint LANGUAGE plpgsql AS $$
+DECLARE
+    new_epoch bigint;
+BEGIN
+    IF NOT EXISTS (SELECT FROM leases WHERE shard = 0 AND ((p_locked AND locked) OR holder IS NULL
+                                                           OR expires_at <= clock_timestamp())) THEN
+        RETURN NULL;
+    END IF;
+    PERFORM pg_advisory_xact_lock(7305, 2);
+    UPDATE leases SET holder = p_holder, epoch = epoch + 1, expires_at = clock_timestamp() + p_ttl,
+                      locked = p_locked
+     WHERE shard = 0 AND ((p_locked AND locked) OR holder IS NULL OR expires_at <= clock_timestamp())
+    RETURNING epoch INTO new_epoch;
+    RETURN new_epoch;
+END $$;
+
 -- Partitions. What was archived is not made again: of the time before now only what a clock that is a little behind
 -- may still need.
 
@@ -177,6 +196,9 @@ $$;
 CREATE FUNCTION postroom_take_along(p_items text, p_outcomes text, p_from timestamptz, p_until timestamptz)
 RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
+    -- Whoever moves an outcome has the letter's row first: what is read below is as the last of them left it.
+    PERFORM 1 FROM webhook_dlq d WHERE d.received_at >= p_from AND d.received_at < p_until AND d.item_outcome IS NULL
+      ORDER BY d.id FOR UPDATE;
     EXECUTE format('UPDATE webhook_dlq d SET item_key = i.key, item_outcome = o.outcome FROM %I i JOIN %I o '
                    'ON o.seq = i.seq AND o.received_at = i.received_at WHERE d.seq = i.seq '
                    'AND d.received_at = i.received_at AND d.received_at >= $1 AND d.received_at < $2 '
@@ -198,8 +220,9 @@ BEGIN
     RETURN statement;
 END $$;
 
--- All of it is out and changes no more: what a replay moved in between is entered, and everything counted again.
-CREATE FUNCTION postroom_begin_writing(p_epoch bigint, p_name text) RETURNS void LANGUAGE plpgsql AS $$
+-- All of it is out and changes no more: what a replay moved in between is entered, and everything counted again. The
+-- tables take other names, which are returned, so that theirs are free for a clock that leaps back.
+CREATE FUNCTION postroom_begin_writing(p_epoch bigint, p_name text) RETURNS text[] LANGUAGE plpgsql AS $$
 DECLARE
     archive postroom_archives;
     part text;
@@ -210,7 +233,14 @@ BEGIN
         IF EXISTS (SELECT FROM pg_inherits WHERE inhrelid = to_regclass(quote_ident(part))) THEN
             RAISE EXCEPTION '% is still a partition', part;
         END IF;
+        IF archive.state = 'detaching' THEN
+            EXECUTE format('ALTER TABLE %I RENAME TO %I', part, part || '_out');
+        END IF;
     END LOOP;
+    IF archive.state = 'detaching' THEN
+        archive.partitions := ARRAY(SELECT p.name || '_out'
+                                      FROM unnest(archive.partitions) WITH ORDINALITY AS p (name, pos) ORDER BY p.pos);
+    END IF;
     IF archive.kind = 'messages' AND archive.state = 'detaching' THEN
         PERFORM postroom_take_along(archive.partitions[1], archive.partitions[2], archive.from_at, archive.until_at);
         EXECUTE format('UPDATE %I o SET outcome = d.item_outcome FROM webhook_dlq d WHERE d.seq = o.seq '
@@ -218,7 +248,15 @@ BEGIN
         UPDATE postroom_archives a SET seqs = t.seqs, tallies = t.tallies
           FROM postroom_tally(archive.partitions[1], archive.partitions[2]) t WHERE a.name = p_name;
     END IF;
-    UPDATE postroom_archives SET state = 'writing' WHERE name = p_name;
+    UPDATE postroom_archives SET state = 'writing', partitions = archive.partitions WHERE name = p_name;
+    RETURN archive.partitions;
+END $$;
+
+-- What was written is not what is there any more, as after replies of a clock that leapt back: it is written again.
+CREATE FUNCTION postroom_write_again(p_epoch bigint, p_name text) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM postroom_require_epoch(p_epoch);
+    UPDATE postroom_archives SET state = 'writing' WHERE name = p_name AND state = 'written';
 END $$;
 
 -- Reading what is to be written, in pages by key. Nothing of it changes any more.
@@ -321,8 +359,8 @@ END $$;
 
 -- What is in archives, or on the way there, counts as if it were in its table.
 CREATE VIEW postroom_archived_tallies WITH (security_invoker = true) AS
-SELECT a.name, a.seqs, a.tallies, NOT postroom_is_attached(a.partitions[1]) AS items_are_out,
-       NOT postroom_is_attached(a.partitions[2]) AS outcomes_are_out
+SELECT a.name, a.seqs, a.tallies, a.state = 'archived' OR NOT postroom_is_attached(a.partitions[1]) AS items_are_out,
+       a.state = 'archived' OR NOT postroom_is_attached(a.partitions[2]) AS outcomes_are_out
   FROM postroom_archives a WHERE a.kind = 'messages';
 
 CREATE FUNCTION postroom_archived_sums(
@@ -353,7 +391,6 @@ DECLARE
     moved record;
     kept record;
     ids uuid[];
-    n bigint;
 BEGIN
     WITH before AS (
         SELECT d.id, o.seq, o.received_at, o.outcome FROM webhook_dlq d
@@ -366,9 +403,6 @@ BEGIN
           FROM before b
          WHERE o.seq = b.seq AND o.received_at = b.received_at
         RETURNING b.id, b.outcome AS before
-    ), along AS (
-        UPDATE webhook_dlq d SET item_outcome = p_outcome
-         WHERE d.id IN (SELECT id FROM after) AND d.item_outcome IS NOT NULL
     )
     SELECT array_agg(id) AS ids, count(*) AS items,
            count(*) FILTER (WHERE before = 'delivered') AS delivered,
@@ -382,10 +416,13 @@ BEGIN
                                       moved.discarded);
     END IF;
     ids := moved.ids;
+    -- In the order in which completions take these rows.
+    IF EXISTS (SELECT FROM webhook_dlq d WHERE d.id = ANY (p_letters) AND d.item_outcome <> p_outcome) THEN
+        PERFORM 1 FROM delivery_tallies WHERE shard = 0 FOR UPDATE;
+    END IF;
     FOR kept IN
         SELECT d.id, d.seq, d.item_outcome AS before FROM webhook_dlq d
          WHERE d.id = ANY (p_letters) AND d.item_outcome <> p_outcome
-           AND NOT EXISTS (SELECT FROM message_outcomes o WHERE o.seq = d.seq AND o.received_at = d.received_at)
          ORDER BY d.seq FOR UPDATE OF d
     LOOP
         UPDATE webhook_dlq SET item_outcome = p_outcome WHERE id = kept.id;
@@ -394,10 +431,13 @@ BEGIN
                    'outcomes_' || kept.before, (a.tallies ->> ('outcomes_' || kept.before))::bigint - 1,
                    'outcomes_' || p_outcome, coalesce((a.tallies ->> ('outcomes_' || p_outcome))::bigint, 0) + 1)
          WHERE a.seqs @> kept.seq;
-        PERFORM postroom_move_tallies(
-            p_outcome, (kept.before = 'delivered')::int, (kept.before = 'rejected')::int,
-            (kept.before = 'dead_letter')::int, (kept.before = 'deferred')::int, (kept.before = 'discarded')::int);
-        ids := ids || kept.id;
+        -- Where the row of the outcome is still there, it was moved above, and the tallies with it.
+        IF kept.id <> ALL (coalesce(moved.ids, '{}')) THEN
+            PERFORM postroom_move_tallies(
+                p_outcome, (kept.before = 'delivered')::int, (kept.before = 'rejected')::int,
+                (kept.before = 'dead_letter')::int, (kept.before = 'deferred')::int, (kept.before = 'discarded')::int);
+            ids := ids || kept.id;
+        END IF;
     END LOOP;
     RETURN ids;
 END $$;

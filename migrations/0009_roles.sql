@@ -9,6 +9,7 @@ SELECT pg_advisory_xact_lock(7305, 1), pg_advisory_xact_lock(7305, 2);
 DO $$
 DECLARE
     name text;
+    maker text;
 BEGIN
     FOREACH name IN ARRAY ARRAY['router_owner', 'router_service', 'router_admin', 'router_reader'] LOOP
         IF to_regrole(name) IS NULL THEN
@@ -25,6 +26,13 @@ BEGIN
                                     name, current_user, quote_ident(current_user);
             END;
         END IF;
+        -- Also to whoever made the tables before, as whom processes of the version before still work.
+        SELECT o.rolname INTO maker FROM pg_class c JOIN pg_roles o ON o.oid = c.relowner
+         WHERE c.oid = to_regclass('wa_events') AND o.rolname <> current_user AND NOT o.rolsuper
+           AND NOT pg_has_role(o.oid, name, 'MEMBER');
+        IF FOUND THEN
+            EXECUTE format('GRANT %I TO %I', name, maker);
+        END IF;
         IF NOT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)
            AND NOT pg_has_role(current_user, name, 'USAGE') THEN
             BEGIN
@@ -36,6 +44,10 @@ BEGIN
         END IF;
     END LOOP;
     EXECUTE format('GRANT USAGE, CREATE ON SCHEMA %I TO router_owner', current_schema());
+    IF NOT has_schema_privilege('router_owner', current_schema(), 'CREATE') THEN
+        RAISE EXCEPTION '% may not let router_owner make tables in the schema %; as its owner: GRANT USAGE, CREATE ON '
+                        'SCHEMA % TO router_owner', current_user, current_schema(), quote_ident(current_schema());
+    END IF;
     EXECUTE format('GRANT USAGE ON SCHEMA %I TO router_service, router_admin, router_reader', current_schema());
     BEGIN
         EXECUTE format('GRANT CREATE ON DATABASE %I TO router_owner', current_database());
@@ -150,6 +162,8 @@ LANGUAGE sql STABLE AS $$
         SELECT c.oid, c.relname::text AS name, c.relrowsecurity, c.relispartition, c.relacl, c.relowner
           FROM pg_class c
          WHERE c.relnamespace = current_schema()::regnamespace AND c.relkind IN ('r', 'p')
+           AND NOT EXISTS (SELECT FROM postroom_archives a  -- on their way out: the owner's alone, as partitions are
+                            WHERE a.state <> 'archived' AND c.relname = ANY (a.partitions))
     ), policies AS (
         SELECT t.name, p.polname::text AS policy, p.polroles, pg_get_expr(p.polqual, p.polrelid) AS qual,
                pg_get_expr(p.polwithcheck, p.polrelid) AS with_check

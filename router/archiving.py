@@ -4,13 +4,14 @@ read back, and then only in the file: each step can be interrupted and done agai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, closing
 from datetime import datetime
 
 import trio
 
 from router.archive.columns import Column, Row
-from router.archive.files import ArchiveFiles, WrittenTable
+from router.archive.files import ArchiveFiles, WrittenTable, next_page
 from router.channels import whatsapp
 from router.json_text import parse
 from router.postgres.archives import Archive, Pages, PostgresArchives
@@ -46,26 +47,28 @@ class Archiver:
         return done
 
     async def _archive(self, epoch: int, archive: Archive) -> None:
-        if archive.state in ("detaching", "writing"):
+        told = archive.tables
+        if archive.state != "written" or told is None:
             for partition in archive.partitions:
                 self._on_step("detach")
                 await self._archives.detach(epoch, partition)
             self._on_step("begin writing")
-            await self._archives.begin_writing(epoch, archive.name)
+            archive = await self._archives.begin_writing(epoch, archive)
             self._on_step("write")
-            tables = await self._write(archive)
-            self._on_step("write manifest")
-            told = {table: one.as_json() for table, one in tables.items()}
-            manifest = {
-                "name": archive.name,
-                "kind": archive.kind,
-                "from": archive.from_at.isoformat(),
-                "until": archive.until_at.isoformat(),
-                "tables": told,
-            }
-            await trio.to_thread.run_sync(self._files.write_manifest, archive.name, manifest)
+            told = {table: one.as_json() for table, one in (await self._write(archive)).items()}
             self._on_step("say written")
             await self._archives.written(epoch, archive.name, self._files.location, told)
+        # What the database says was written: the same, whoever writes the manifest, and however late.
+        manifest = {
+            "name": archive.name,
+            "kind": archive.kind,
+            "from": archive.from_at.isoformat(),
+            "until": archive.until_at.isoformat(),
+            "tables": told,
+        }
+        self._on_step("write manifest")
+        await trio.to_thread.run_sync(self._files.write_manifest, archive.name, manifest)
+        await trio.to_thread.run_sync(self._files.tidy, archive.name)
         self._on_step("drop")
         await self._archives.drop(epoch, archive.name)
         self._on_step("end")
@@ -82,20 +85,22 @@ class Archiver:
         else:
             sources = {"events": ("wa_events", self._archives.events(archive))}
         written: dict[str, WrittenTable] = {}
-        subjects = await self._table(archive.name, "subjects", _SUBJECTS)
-        try:
+        async with self._table(archive.name, "subjects", _SUBJECTS) as subjects:
             for table, (source, pages) in sources.items():
                 columns = [Column(*one) for one in await self._archives.columns(source)]
                 written[table] = await self._write_table(archive.name, table, columns, pages, subjects)
             written["subjects"] = await subjects.end()
-        finally:
-            subjects.abandon()
         return written
 
-    async def _table(self, name: str, table: str, columns: Sequence[Column]) -> _Writing:
+    @asynccontextmanager
+    async def _table(self, name: str, table: str, columns: Sequence[Column]) -> AsyncIterator[_Writing]:
         writing = _Writing(self._files, name, table, columns)
         await writing.begin()
-        return writing
+        try:
+            yield writing
+        finally:
+            with trio.CancelScope(shield=True):
+                await writing.abandon()
 
     async def _write_table(
         self,
@@ -106,21 +111,14 @@ class Archiver:
         subjects: _Writing,
     ) -> WrittenTable:
         names = [one.name for one in columns]
-        writing = await self._table(name, table, columns)
-        try:
+        places = (names.index(_BODY), names.index(_EVENT_ID)) if _BODY in names else None
+        async with self._table(name, table, columns) as writing:
             while page := await pages():
                 self._on_step(f"write {table}")
                 await writing.add(page)
-                if _BODY in names:
-                    pairs = [
-                        (subject, row[names.index(_EVENT_ID)])
-                        for row in page
-                        for subject in sorted(_subjects(row[names.index(_BODY)]))
-                    ]
-                    await subjects.add(pairs)
+                if places is not None:
+                    await subjects.add(await trio.to_thread.run_sync(_subjects, page, *places))
             return await writing.end()
-        finally:
-            writing.abandon()
 
 
 def archiver(archives: PostgresArchives, location: str) -> Archiver:
@@ -129,27 +127,45 @@ def archiver(archives: PostgresArchives, location: str) -> Archiver:
 
 
 class _Writing:
-    """A table that is being written: file work is done in a thread."""
+    """A table that is being written: file work is done in threads, and not for long at once."""
 
     def __init__(self, files: ArchiveFiles, name: str, table: str, columns: Sequence[Column]) -> None:
         self._files = files
-        self._args = (name, table, columns)
+        self._name = name
+        self._table = table
+        self._columns = columns
+        self._ended = False
 
     async def begin(self) -> None:
-        self._writer = await trio.to_thread.run_sync(self._files.open_table, *self._args)
+        self._writer = await trio.to_thread.run_sync(
+            self._files.open_table, self._name, self._table, self._columns
+        )
 
     async def add(self, rows: Sequence[Row]) -> None:
         if rows:
             await trio.to_thread.run_sync(self._writer.add, rows)
 
     async def end(self) -> WrittenTable:
-        return await trio.to_thread.run_sync(self._files.end_table, *self._args, self._writer)
+        """Returns when all of it has been read back. Raises ArchiveError: it is not what was written."""
+        told = await trio.to_thread.run_sync(self._files.end_table, self._name, self._columns, self._writer)
+        with closing(self._files.rows(self._name, self._table, told)) as pages:
+            while await trio.to_thread.run_sync(next_page, pages) is not None:
+                pass
+        self._ended = True
+        return told
 
-    def abandon(self) -> None:
-        self._writer.abandon()
+    async def abandon(self) -> None:
+        """Unless it was read back."""
+        if not self._ended:
+            await trio.to_thread.run_sync(self._files.abandon_table, self._name, self._writer)
 
 
-def _subjects(body: bytes) -> set[str]:
+def _subjects(page: Sequence[Row], body: int, event_id: int) -> list[Row]:
+    """(subject, event_id) of every person that these bodies are of or about."""
+    return [(subject, row[event_id]) for row in page for subject in sorted(_people(row[body]))]
+
+
+def _people(body: bytes) -> set[str]:
     try:
         return whatsapp.people(parse(body))
     except ValueError:

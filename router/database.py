@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TypeVar
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import asyncpg
 import trio
@@ -63,7 +63,9 @@ def in_schema(dsn: str, schema: str | None) -> str:
     query = parse_qsl(parts.query, keep_blank_values=True)
     asked = " ".join([*(value for name, value in query if name == "options"), f"-c search_path={schema}"])
     rest = [(name, value) for name, value in query if name != "options"]
-    return urlunsplit(parts._replace(query=urlencode([*rest, ("options", asked)], quote_via=quote)))
+    # Spelled out: urlunsplit() leaves "//" out where there is no host, and libpq does not.
+    path = parts.path if parts.path.startswith("/") or not parts.path else f"/{parts.path}"
+    return f"{parts.scheme}://{parts.netloc}{path}?{urlencode([*rest, ('options', asked)], quote_via=quote)}"
 
 
 async def pending_migrations(bridge: Bridge, dsn: str) -> list[Migration]:

@@ -9,7 +9,7 @@ import asyncpg
 import trio
 
 from router.archive.columns import Row
-from router.archive.files import ArchiveError, ArchiveFiles, WrittenTable
+from router.archive.files import ArchiveError, ArchiveFiles, WrittenTable, next_page
 from router.channels import whatsapp
 from router.json_text import parse
 from router.operations import Operations
@@ -77,7 +77,7 @@ async def _restore_table(
     columns = [(one.name, one.type) for one in told.columns]
     await operations.run(lambda c: make_restored(c, schema, target, columns))
     pages = files.rows(name, table, told)
-    while (page := await trio.to_thread.run_sync(_next_page, pages)) is not None:
+    while (page := await trio.to_thread.run_sync(next_page, pages)) is not None:
 
         async def copy(connection: asyncpg.Connection, page: list[Row] = page) -> None:
             await connection.copy_records_to_table(
@@ -85,10 +85,6 @@ async def _restore_table(
             )
 
         await operations.run(copy)
-
-
-def _next_page(pages: Iterator[list[Row]]) -> list[Row] | None:
-    return next(pages, None)
 
 
 async def search(

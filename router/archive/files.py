@@ -1,5 +1,6 @@
 """The place of archives: a directory of this machine, or an object store. One folder for each archive, one
-Parquet file for each of its tables, and a manifest that is written last: without it there is no archive.
+Parquet file for each of its tables, and a manifest that is written last: without it there is no archive. No
+file is ever written twice: one that stood still while others went on must not write into what they have read.
 
 Everything here blocks; call it in a thread.
 """
@@ -8,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+import secrets
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ class ArchiveError(Exception):
 class WrittenTable:
     """One table of an archive: its columns, and the number and digest of its rows."""
 
+    file: str
     columns: tuple[Column, ...]
     rows: int
     digest: str
@@ -42,6 +45,7 @@ class WrittenTable:
 
     def as_json(self) -> dict[str, Any]:
         return {
+            "file": self.file,
             "columns": [[one.name, one.type] for one in self.columns],
             "rows": self.rows,
             "digest": self.digest,
@@ -51,13 +55,17 @@ class WrittenTable:
     @classmethod
     def of(cls, said: Any) -> WrittenTable:
         columns = tuple(Column(name, kind) for name, kind in said["columns"])
-        return cls(columns, int(said["rows"]), str(said["digest"]), int(said["bytes"]))
+        file = str(said["file"])
+        if "/" in file:
+            raise ValueError(file)
+        return cls(file, columns, int(said["rows"]), str(said["digest"]), int(said["bytes"]))
 
 
 class TableWriter:
-    """Takes the rows of one table in the order of their key, and replaces what was there of it."""
+    """Takes the rows of one table in the order of their key."""
 
-    def __init__(self, stream: pa.NativeFile, columns: Sequence[Column]) -> None:
+    def __init__(self, file: str, stream: pa.NativeFile, columns: Sequence[Column]) -> None:
+        self.file = file
         self._stream = stream
         self._writer = pq.ParquetWriter(stream, schema_of(columns), compression="zstd")
         self._columns = tuple(columns)
@@ -87,8 +95,8 @@ class TableWriter:
         self._stream.close()
         return self._digest.rows, self._digest.hex()
 
-    def abandon(self) -> None:
-        """Harmless after `end`."""
+    def close(self) -> None:
+        """Let go of the file as it is; harmless after `end`."""
         with contextlib.suppress(OSError, pa.ArrowException):
             self._writer.close()
             self._stream.close()
@@ -122,28 +130,36 @@ class ArchiveFiles:
         return sorted(Path(one.path).parent.name for one in found if Path(one.path).name == _MANIFEST)
 
     def open_table(self, name: str, table: str, columns: Sequence[Column]) -> TableWriter:
-        """Begin to write one table of an archive."""
+        """Begin to write one table of an archive, in a file that nobody else writes."""
+        file = f"{table}-{secrets.token_hex(8)}.parquet"
         with _explained(f"archive {name} cannot be written at {self.location}"):
-            system, path = self._place(name, f"{table}.parquet")
+            system, path = self._place(name, file)
             system.create_dir(self._place(name)[1], recursive=True)
-            return TableWriter(system.open_output_stream(path), columns)
+            return TableWriter(file, system.open_output_stream(path), columns)
 
-    def end_table(
-        self, name: str, table: str, columns: Sequence[Column], writer: TableWriter
-    ) -> WrittenTable:
-        """Make it durable and read it back.
-
-        Raises:
-            ArchiveError: it is not what was written.
-        """
+    def end_table(self, name: str, columns: Sequence[Column], writer: TableWriter) -> WrittenTable:
+        """Make it durable. What was written counts when it has been read back."""
         with _explained(f"archive {name} cannot be written at {self.location}"):
             rows, digest = writer.end()
-            system, path = self._place(name, f"{table}.parquet")
+            system, path = self._place(name, writer.file)
             self._sync(path)
-            told = WrittenTable(tuple(columns), rows, digest, system.get_file_info(path).size)
-        for _ in self.rows(name, table, told):
-            pass
-        return told
+            return WrittenTable(writer.file, tuple(columns), rows, digest, system.get_file_info(path).size)
+
+    def abandon_table(self, name: str, writer: TableWriter) -> None:
+        """It will never be read: its file goes, as far as it can."""
+        writer.close()
+        with contextlib.suppress(OSError, pa.ArrowException):
+            system, path = self._place(name, writer.file)
+            system.delete_file(path)
+
+    def tidy(self, name: str) -> None:
+        """Remove what interrupted attempts have left beside an archive that is whole."""
+        kept = {_MANIFEST, *(told.file for told in self.tables(name).values())}
+        with _explained(f"archive {name} cannot be tidied at {self.location}"):
+            system, folder = self._place(name)
+            for one in system.get_file_info(pafs.FileSelector(folder)):
+                if one.base_name not in kept:
+                    system.delete_file(one.path)
 
     def write_manifest(self, name: str, manifest: dict[str, Any]) -> None:
         """The archive is whole from here on."""
@@ -179,14 +195,14 @@ class ArchiveFiles:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ArchiveError(f"the manifest of archive {name} is damaged: {error!r}") from error
 
-    def rows(self, name: str, table: str, told: WrittenTable) -> Iterator[list[Row]]:
+    def rows(self, name: str, table: str, told: WrittenTable) -> Generator[list[Row], None, None]:
         """All rows of a table, in their order.
 
         Raises:
             ArchiveError: at the end: they were not as many as told, or others.
         """
         digest = Digest()
-        for batch in self._batches(name, table, None):
+        for batch in self._batches(name, told.file, None):
             rows = rows_of(batch, told.columns)
             digest.add(rows)
             yield rows
@@ -199,13 +215,14 @@ class ArchiveFiles:
     def find(self, name: str, table: str, column: str, values: Sequence[Any]) -> list[dict[str, Any]]:
         """The rows whose column has one of the values. Raises ArchiveError."""
         found: list[dict[str, Any]] = []
-        for batch in self._batches(name, table, pc.field(column).isin(list(values))):
+        told = self.tables(name)[table]
+        for batch in self._batches(name, told.file, pc.field(column).isin(list(values))):
             found.extend(batch.to_pylist())
         return found
 
-    def _batches(self, name: str, table: str, condition: pc.Expression | None) -> Iterator[pa.RecordBatch]:
-        with _explained(f"archive {name} cannot be read: {table}"):
-            system, path = self._place(name, f"{table}.parquet")
+    def _batches(self, name: str, file: str, condition: pc.Expression | None) -> Iterator[pa.RecordBatch]:
+        with _explained(f"archive {name} cannot be read: {file}"):
+            system, path = self._place(name, file)
             if condition is None:
                 with system.open_input_file(path) as stream:
                     yield from pq.ParquetFile(stream).iter_batches(batch_size=2_000)
@@ -229,3 +246,8 @@ def _explained(what: str) -> Iterator[None]:
         yield
     except (OSError, pa.ArrowException, orjson.JSONDecodeError) as error:
         raise ArchiveError(f"{what}: {error}") from error
+
+
+def next_page(pages: Iterator[list[Row]]) -> list[Row] | None:
+    """The next rows of a table, None at the end: for who reads them in a thread, a page at a time."""
+    return next(pages, None)

@@ -5,12 +5,13 @@ change is fenced by the epoch.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, TypeVar
 
 import asyncpg
+import orjson
 
 from actors.ports import Clock
 from router.json_text import storable
@@ -29,6 +30,7 @@ _PAGE_ROWS = 2_000
 _PAGE_BYTES = 4 * 1024 * 1024
 _LOCK_ATTEMPTS = 15
 _LOCK_PAUSE = 1.0  # seconds
+_LONG = 3_600.0  # seconds for what counts or drops all rows of a week
 
 
 class ArchiveConflict(Exception):
@@ -38,7 +40,7 @@ class ArchiveConflict(Exception):
 @dataclass(frozen=True, slots=True)
 class Archive:
     """One that has been begun. `kind` messages: the items of a week with outcomes, bodies and replies;
-    events: the bodies of a month. `state`: detaching, writing or written."""
+    events: the bodies of a month. `state`: detaching, writing or written; `tables` what was written."""
 
     name: str
     kind: str
@@ -46,6 +48,7 @@ class Archive:
     from_at: datetime
     until_at: datetime
     state: str
+    tables: Mapping[str, Any] | None
 
 
 class PostgresArchives:
@@ -78,18 +81,26 @@ class PostgresArchives:
 
         return await self._bridge.run(run)
 
-    async def _fetch(self, name: str, *arguments: Any) -> list[Any]:
-        rows: list[Any] = await self._run(self._line, lambda c: c.fetch(_SQL[name], *arguments))
+    async def _fetch(self, name: str, *arguments: Any, timeout: float | None = None) -> list[Any]:
+        rows: list[Any] = await self._run(
+            self._line, lambda c: c.fetch(_SQL[name], *arguments, timeout=timeout)
+        )
         return rows
 
     async def next(self, epoch: int, before: datetime) -> Archive | None:
         """The one to go on with, else the next to begin of what ended earlier; None: there is none."""
-        found = await self._fetch("next_archive", epoch, self._clock(), before)
+        found = await self._fetch("next_archive", epoch, self._clock(), before, timeout=_LONG)
         if not found:
             return None
         row = found[0]
         return Archive(
-            row["name"], row["kind"], tuple(row["partitions"]), row["from_at"], row["until_at"], row["state"]
+            row["name"],
+            row["kind"],
+            tuple(row["partitions"]),
+            row["from_at"],
+            row["until_at"],
+            row["state"],
+            None if row["tables"] is None else orjson.loads(row["tables"]),
         )
 
     async def held(self, before: datetime) -> int:
@@ -117,20 +128,30 @@ class PostgresArchives:
 
         await self._run(self._ddl_line, work)
 
-    async def begin_writing(self, epoch: int, name: str) -> None:
-        await self._fetch("begin_writing", epoch, name)
+    async def begin_writing(self, epoch: int, archive: Archive) -> Archive:
+        """Nothing of it changes any more; returns it with its tables under other names."""
+        found = await self._fetch("begin_writing", epoch, archive.name, timeout=_LONG)
+        return replace(archive, partitions=tuple(found[0][0]), state="writing")
 
     async def written(self, epoch: int, name: str, location: str, tables: dict[str, Any]) -> None:
         """Its files were read back."""
         await self._fetch("archive_written", epoch, name, location, storable(tables))
 
     async def drop(self, epoch: int, name: str) -> None:
-        """Its rows go, in one transaction; none goes when they are not as many as were written."""
-        await self._fetch("drop_archived", epoch, self._clock(), name)
+        """Its rows go, in one transaction.
+
+        Raises:
+            ArchiveConflict: they are not as many as were written: none goes; the next run writes them again.
+        """
+        try:
+            await self._fetch("drop_archived", epoch, self._clock(), name, timeout=_LONG)
+        except ArchiveConflict:
+            await self._fetch("write_again", epoch, name)
+            raise
 
     async def analyze(self) -> None:
         """Fresh statistics on the tables that have partitions."""
-        await self._run(self._line, lambda c: c.execute(_SQL["analyze"], timeout=600))
+        await self._run(self._line, lambda c: c.execute(_SQL["analyze"], timeout=_LONG))
 
     # Rows
 

@@ -51,7 +51,11 @@ async def ask(database: Database) -> None:
 
 _ARCHIVES = "SELECT name, partitions, state FROM postroom_archives"
 _UNDER_WAY = f"{_ARCHIVES} WHERE state <> 'archived'"
-_ASKED = "SELECT requested_at IS NOT NULL FROM postroom_jobs WHERE name = 'archive-partitions'"
+_BUSY = """
+SELECT j.requested_at IS NOT NULL
+       OR EXISTS (SELECT FROM postroom_job_runs r WHERE r.job = j.name AND r.status = 'running')
+  FROM postroom_jobs j WHERE j.name = 'archive-partitions'
+"""
 
 
 async def archiving(database: Database) -> bool:
@@ -97,7 +101,7 @@ async def rounds(home: Path, wanted: int, seed: int) -> None:
                 router = await RouterProcess(home, *common).ready()
                 began = trio.current_time()
                 await ask(database)
-                while await database.value(_ASKED) or await archiving(database):
+                while await database.value(_BUSY):
                     await trio.sleep(0.02)
                 takes = trio.current_time() - began
                 assert await counted(database, files) == total

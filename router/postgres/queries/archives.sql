@@ -1,5 +1,6 @@
 -- name: next_archive
-SELECT name, kind, partitions, from_at, until_at, state FROM postroom_next_archive($1, $2, $3);
+SELECT name, kind, partitions, from_at, until_at, state, tables::text AS tables
+  FROM postroom_next_archive($1, $2, $3);
 
 -- name: held_partitions
 SELECT postroom_held_partitions($1);
@@ -12,6 +13,9 @@ SELECT postroom_begin_writing($1, $2);
 
 -- name: archive_written
 SELECT postroom_archive_written($1, $2, $3, $4);
+
+-- name: write_again
+SELECT postroom_write_again($1, $2);
 
 -- name: drop_archived
 SELECT postroom_drop_archived($1, $2, $3);

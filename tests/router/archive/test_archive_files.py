@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def write(files: ArchiveFiles, rows: Sequence[tuple[Any, ...]], name: str = "one
     writer = files.open_table(name, "items", COLUMNS)
     for start in range(0, len(rows), 2):
         writer.add(rows[start : start + 2])
-    written = files.end_table(name, "items", COLUMNS, writer)
+    written = files.end_table(name, COLUMNS, writer)
     files.write_manifest(name, {"name": name, "tables": {"items": written.as_json()}})
     return written
 
@@ -77,8 +78,8 @@ def test_without_a_manifest_there_is_no_archive(files: ArchiveFiles) -> None:
     assert files.names() == []
     writer = files.open_table("one", "items", COLUMNS)
     writer.add(ROWS)
-    writer.abandon()
-    writer.abandon()
+    files.abandon_table("one", writer)
+    files.abandon_table("one", writer)
     assert files.names() == []
     with pytest.raises(ArchiveError, match="there is no archive one"):
         files.manifest("one")
@@ -94,7 +95,7 @@ def test_a_name_is_no_path(files: ArchiveFiles, name: str) -> None:
 
 def test_damage_is_found(files: ArchiveFiles, tmp_path: Path) -> None:
     write(files, ROWS)
-    table = tmp_path / "archives/one/items.parquet"
+    [table] = (tmp_path / "archives/one").glob("items-*.parquet")
     whole = table.read_bytes()
     for damaged in (whole[:-40], b"", whole[:60] + bytes(20) + whole[80:]):
         table.write_bytes(damaged)
@@ -107,10 +108,24 @@ def test_damage_is_found(files: ArchiveFiles, tmp_path: Path) -> None:
 
 def test_rows_that_are_others_are_found(files: ArchiveFiles) -> None:
     told = write(files, ROWS)
-    write(files, [row(1), row(2), row(3)], "two")
+    others = write(files, [row(1), row(2), row(3)], "two")
     with pytest.raises(ArchiveError, match="archive two is damaged: items has 3 rows"):
-        for _ in files.rows("two", "items", told):
+        for _ in files.rows("two", "items", replace(told, file=others.file)):
             pass
+
+
+def test_one_that_stood_still_writes_into_nobodys_file(files: ArchiveFiles) -> None:
+    """It had begun to write the same table, and ends when another one has long written and read it."""
+    stands_still = files.open_table("one", "items", COLUMNS)
+    stands_still.add(ROWS)
+    written = write(files, [row(n) for n in range(100)])
+    stands_still.end()
+    assert len(read(files)) == written.rows
+    files.tidy("one")
+    assert len(read(files)) == written.rows
+    assert sorted(one.name for one in Path(files.location, "one").iterdir()) == sorted(
+        [written.file, "manifest.json"]
+    )
 
 
 @each(

@@ -177,6 +177,29 @@ async def test_the_views_make_room_for_pg_cron(database: Database) -> None:
     assert not await database.value("SELECT postroom_drop_cron_views()")
 
 
+async def test_a_clock_that_leapt_ahead_and_came_back_stops_no_job(
+    jobs: PostgresJobs, database: Database, clock: ManualClock
+) -> None:
+    epoch = await database.take_epoch()
+    clock.now += timedelta(days=400)
+    await jobs.begin(epoch, "session-cleanup")
+    clock.now -= timedelta(days=400)
+    followed = {job.name: job.followed_to for job in await jobs.jobs(epoch)}
+    assert followed["session-cleanup"] == clock.now
+
+
+async def test_a_process_of_the_version_before_logs_its_runs(database: Database, clock: ManualClock) -> None:
+    epoch = await database.take_epoch()
+    await database.fetch(_OPEN, NOW)
+    await database.fetch("UPDATE cron.job SET active = false WHERE jobname = 'dlq-processor'")
+    await database.fetch("UPDATE webhook_dlq SET status = 'failed' WHERE seq > 1")
+    due = await database.fetch(
+        "SELECT service, due FROM postroom_log_retry_run($1, $2, 0, 0, NULL, '{rides}')", epoch, NOW
+    )
+    assert due == []  # it is switched off
+    assert await database.value("SELECT count(*) FROM dlq_processing_log") == 1
+
+
 # Settings
 
 

@@ -145,3 +145,16 @@ async def test_a_new_epoch_begins_after_the_completions_of_the_old_one(database:
             assert taken == []
             await database.bridge.run(transaction.commit)
     assert taken == [2]
+
+
+async def test_who_stands_by_waits_for_no_completion(database: Database) -> None:
+    """One takes long. Whoever asks for the lease would queue, and all other completions behind it."""
+    await database.take_epoch()
+    async with database.connection() as completing:
+        transaction = completing.transaction()
+        await database.bridge.run(transaction.start)
+        await database.bridge.run(lambda: completing.execute("SELECT pg_advisory_xact_lock_shared(7305, 2)"))
+        with trio.fail_after(5):
+            taken = await database.value("SELECT postroom_take_lease(gen_random_uuid(), '1 hour', false)")
+        assert taken is None
+        await database.bridge.run(transaction.rollback)

@@ -125,6 +125,9 @@ async def test_a_schema_of_its_own_beside_tables_of_the_same_names(empty: Databa
         await assert_conserved(mine)
         assert await mine.value("SELECT count(*) FROM postroom_rls_audit()") == 0
         assert await mine.value("SELECT count(*) FROM postroom.wa_events") == 1
+        # With a search path that knows nothing of it.
+        await empty.fetch("UPDATE cron.job SET active = false WHERE jobname = 'dlq-processor'")
+        assert not await mine.value("SELECT active FROM postroom_jobs WHERE name = 'process-dlq-entries'")
     assert [
         row[0] for row in await empty.fetch("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
     ] == ["user_sessions"]
@@ -134,6 +137,7 @@ async def test_a_schema_of_its_own_beside_tables_of_the_same_names(empty: Databa
     "dsn, expected",
     [
         ("postgresql://a@h/d", "postgresql://a@h/d?options=-c%20search_path%3Ds"),
+        ("postgresql:///d?host=%2Fr", "postgresql:///d?host=%2Fr&options=-c%20search_path%3Ds"),
         (
             "postgresql://a@h/d?options=-c%20jit%3Doff&x=1",
             "postgresql://a@h/d?x=1&options=-c%20jit%3Doff%20-c%20search_path%3Ds",
