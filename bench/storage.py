@@ -30,8 +30,8 @@ from router.postgres.journal import PostgresJournal
 BEYOND_PAYLOAD = 1_024.0  # bytes of WAL, at batch 100
 HELD_SHARE = 0.90
 DEAD_TUPLES = 20_000.0
-"""Of what a minute of the load makes in versions, and a minute is autovacuum's nap, a fraction: most are pruned
-by who comes by next, and hot tables stay a few pages."""
+"""A fraction of the versions that a minute of the load makes, which is how often autovacuum looks: most are
+pruned by who comes by next, and hot tables stay a few pages."""
 
 _HOT = (
     "journal_head",
