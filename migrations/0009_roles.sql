@@ -151,6 +151,17 @@ BEGIN
     END IF;
 END $$;
 SELECT postroom_grant_cron_views();
+
+-- Where pg_cron itself is installed, the same statements ask it; its own policies say which of its jobs they see.
+DO $$
+BEGIN
+    IF EXISTS (SELECT FROM pg_extension WHERE extname = 'pg_cron') THEN
+        GRANT USAGE ON SCHEMA cron TO router_admin, router_reader;
+        GRANT SELECT ON cron.job, cron.job_run_details TO router_admin, router_reader;
+    END IF;
+EXCEPTION WHEN insufficient_privilege THEN
+    RAISE NOTICE 'the schema cron is pg_cron''s; its owner may let router_admin and router_reader read it';
+END $$;
 GRANT SELECT ON whatsapp_messages, processed_webhook_messages, postroom_runs, postroom_archived_tallies
     TO router_service, router_admin, router_reader;
 GRANT SELECT ON wa_dead_letter_queue TO router_service, router_admin;
