@@ -15,6 +15,8 @@ import uvloop
 
 T = TypeVar("T")
 
+_END_SECONDS = 5.0
+
 
 class Bridge:
     """Runs coroutines on the storage thread's loop. Open it with `open_bridge`."""
@@ -79,12 +81,30 @@ class Bridge:
 async def open_bridge() -> AsyncIterator[Bridge]:
     """A storage thread for as long as the block runs; every coroutine must have ended by then."""
     loop = uvloop.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, name="postroom-storage", daemon=True)
+
+    def work() -> None:
+        loop.run_forever()
+        loop.close()
+
+    thread = threading.Thread(target=work, name="postroom-storage", daemon=True)
     thread.start()
     try:
         yield Bridge(loop, trio.lowlevel.current_trio_token())
     finally:
-        loop.call_soon_threadsafe(loop.stop)
+        asyncio.run_coroutine_threadsafe(_end(), loop)
         with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(thread.join)
-        loop.close()
+            await trio.to_thread.run_sync(thread.join, 2 * _END_SECONDS)
+
+
+async def _end() -> None:
+    """Stop the loop when nothing is under way in it. asyncpg may still be asking a server to cancel a
+    statement, in a task of its own: a loop that is closed under an open connection was seen to wait for ever.
+    """
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    if others:
+        _, late = await asyncio.wait(others, timeout=_END_SECONDS)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+    await asyncio.sleep(0)  # what was closed calls back once more
+    asyncio.get_running_loop().stop()
