@@ -322,16 +322,19 @@ def cut(document: Any, paths: set[str]) -> Any:
         changes = [
             left
             for c, change in enumerate(changes)
-            if (left := _cut_change(change, f"{e}.{c}", paths)) is not None
+            if (left := _cut_change(change, f"{e}.{c}", paths)) is not _GONE
         ]
         if changes:
             entries.append({**entry, "changes": changes})
     return {**document, "entry": entries} if entries else None
 
 
+_GONE = object()  # None is what a change may be that nobody cuts: malformed, and an item all the same
+
+
 def _cut_change(change: Any, path: str, paths: set[str]) -> Any:
     if path in paths:
-        return None
+        return _GONE
     value = change.get("value") if isinstance(change, dict) else None
     if not isinstance(value, dict):
         return change
@@ -349,7 +352,7 @@ def _cut_change(change: Any, path: str, paths: set[str]) -> Any:
     if not touched:
         return change
     if not any(name in left for name in ("messages", "statuses", "errors")):
-        return None
+        return _GONE
     contacts = value.get("contacts")
     if isinstance(contacts, list):
         kept_messages = left.get("messages", [])

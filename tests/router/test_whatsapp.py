@@ -732,6 +732,13 @@ class TestAnything:
         assert rest is not None
         assert json.loads(rest.body)["entry"][0]["changes"][0]["value"]["contacts"] == [contacts[1]]
 
+    def test_a_change_that_is_null_survives_a_cut(self) -> None:
+        entry = {"id": "1", "changes": [{"field": "account_update", "value": {}}, None]}
+        body = json.dumps({"object": "whatsapp_business_account", "entry": [entry]}).encode()
+        rest = delivery(body).without(frozenset({0}))
+        assert rest is not None
+        assert [(item.kind, item.reason) for item in rest.items] == [(Kind.CHANGE, "not_an_object")]
+
     def test_an_entry_without_changes_survives_a_cut(self) -> None:
         change = {"field": "messages", "value": {"metadata": {"phone_number_id": "1"}, "messages": []}}
         change["value"]["messages"] = [{"id": "a", "from": "1"}, {"id": "b", "from": "1"}]  # type: ignore[index]

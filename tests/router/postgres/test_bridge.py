@@ -197,6 +197,7 @@ async def test_a_cancelled_statement_leaves_its_connection_usable(database: Data
         while not await database.value(running, backend):
             pass
         nursery.cancel_scope.cancel()
-    assert await database.value(running, backend) == 0
+    while await database.value(running, backend):
+        pass  # the server has been asked to, and does it in its own time
     assert await database.bridge.run(lambda: value("SELECT pg_backend_pid()")) == backend
     await database.bridge.run(line.close)
