@@ -62,7 +62,7 @@ def list_changes(
 
 @audit.command()
 @click.argument("table")
-@click.option("--ignore", multiple=True, callback=None, help="A column whose change alone is no news.")
+@click.option("--ignore", multiple=True, help="A column whose change alone is no news.")
 @with_config
 def watch(config: Config, table: str, ignore: tuple[str, ...]) -> None:
     """Put every change of a table into the log from now on.

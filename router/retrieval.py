@@ -15,7 +15,6 @@ from router.json_text import parse
 from router.operations import Operations
 from router.postgres.archives import already_restored, make_restored, other_names
 
-SCHEMA = "restored"
 _RESTORED_AS = {
     "items": "whatsapp_messages",
     "outcomes": "message_outcomes",
@@ -157,4 +156,4 @@ def _is_about(item: dict[str, Any], names: set[str]) -> bool:
     return key is not None and key.partition(":")[2] in names
 
 
-__all__ = ["SCHEMA", "ArchiveError", "RestoreError", "restore", "search"]
+__all__ = ["ArchiveError", "RestoreError", "restore", "search"]

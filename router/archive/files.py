@@ -162,12 +162,20 @@ class ArchiveFiles:
                     system.delete_file(one.path)
 
     def write_manifest(self, name: str, manifest: dict[str, Any]) -> None:
-        """The archive is whole from here on."""
+        """The archive is whole from here on. What was said before is replaced at once, never in part: one that is
+        late may be killed in here when the rows are long gone.
+        """
+        written = orjson.dumps({"format": FORMAT, **manifest}, option=orjson.OPT_INDENT_2)
         with _explained(f"archive {name} cannot be written at {self.location}"):
             system, path = self._place(name, _MANIFEST)
-            with system.open_output_stream(path) as stream:
-                stream.write(orjson.dumps({"format": FORMAT, **manifest}, option=orjson.OPT_INDENT_2))
-            self._sync(path)
+            # An object store shows an object when it is complete.
+            first = self._place(name, f"manifest-{secrets.token_hex(8)}.json")[1] if self._local else path
+            with system.open_output_stream(first) as stream:
+                stream.write(written)
+            if self._local:
+                self._sync(first)
+                system.move(first, path)
+                self._sync(path)
 
     def manifest(self, name: str) -> dict[str, Any]:
         """What an archive says of itself.

@@ -193,3 +193,19 @@ def test_a_digest_tells_rows_apart(rows: list[tuple[Any, ...]], column: int) -> 
     first.add(rows)
     second.add([tuple(other), *rows[1:]])
     assert first.hex() != second.hex()
+
+
+def test_a_manifest_that_could_not_be_written_leaves_the_one_before(
+    files: ArchiveFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(files, ROWS)
+
+    def full(path: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "_sync", full)
+    with pytest.raises(ArchiveError, match="No space left"):
+        files.write_manifest("one", {"name": "one", "tables": {}})
+    assert read(files) == ROWS
+    files.tidy("one")
+    assert len(list((tmp_path / "archives/one").iterdir())) == 2
