@@ -162,8 +162,8 @@ class ArchiveFiles:
                     system.delete_file(one.path)
 
     def write_manifest(self, name: str, manifest: dict[str, Any]) -> None:
-        """The archive is whole from here on. What was said before is replaced at once, never in part: one that is
-        late may be killed in here when the rows are long gone.
+        """The archive is whole from here on. What was said before is replaced at once, never in part: one
+        that is late may be killed in here when the rows are long gone.
         """
         written = orjson.dumps({"format": FORMAT, **manifest}, option=orjson.OPT_INDENT_2)
         with _explained(f"archive {name} cannot be written at {self.location}"):
