@@ -133,6 +133,7 @@ class Bucket(enum.StrEnum):
 
     MALFORMED = "malformed"
     HANDLED = "handled"
+    ERASED = "erased"  # of a person who was erased after it was sent
 
 
 @dataclass(frozen=True, slots=True)

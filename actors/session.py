@@ -69,6 +69,7 @@ class SessionActor:
         committed: Callable[[str], Awaitable[None]],
         next_version: Callable[[], int],
         session_ttl: timedelta,
+        erasures: Callable[[], int],
         clock: Clock,
     ) -> None:
         self._key = key
@@ -81,6 +82,8 @@ class SessionActor:
         self._committed = committed
         self._next_version = next_version
         self._ttl = session_ttl
+        self._erasures = erasures
+        self._read_after = 0  # so many erasures
         self._clock = clock
         self._session: Session | None = None
         self._touched = clock()
@@ -131,8 +134,9 @@ class SessionActor:
         return True
 
     async def _current(self, item: Item) -> Session:
-        if self._session is None:
-            await self._committed(self._key)  # by the incarnation before this one, if it crashed
+        if self._session is None or self._read_after != self._erasures():
+            await self._committed(self._key)  # also by the incarnation before this one, if it crashed
+            self._read_after = self._erasures()
             self._session = await self._load(self._key)
             if self._session is None and item.joins is not None:
                 absorbed = await self._load(item.joins)

@@ -72,7 +72,9 @@ class JanitorSpec:
 class TreeSpec:
     """What a delivering side is made of. `session_mailbox` is K; `report(event, error)` gets crashes
     and trouble with the journal, `on_breaker` a service, or "sender", whose breaker has changed. Without a
-    `sender` replies stay where they are, without a `janitor` no job is done."""
+    `sender` replies stay where they are, without a `janitor` no job is done. `erasures`: how many times
+    persons were erased, or may have been, since this process began; what is remembered from before is read
+    again."""
 
     journal: Journal
     sender: SenderSpec | None
@@ -90,6 +92,7 @@ class TreeSpec:
     completer_max_rows: int
     session_idle: float
     sweep_every: float
+    erasures: Callable[[], int]
     report: Callable[[str, Exception], None]
     on_breaker: Callable[[str, Breaker], None]
 
@@ -359,6 +362,7 @@ class DeliveryTree:
             committed=dispatcher.until_committed,
             next_version=lambda: next(self._versions),
             session_ttl=self._spec.session_ttl,
+            erasures=self._spec.erasures,
             clock=self._spec.clock,
         )
 

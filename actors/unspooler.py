@@ -54,7 +54,7 @@ class Unspooler:
             while not self._stopped:
                 await self._spool.filled()
                 try:
-                    await self._empty()
+                    await self.empty()
                 except (JournalUnavailable, SpoolUnavailable) as trouble:
                     if not in_trouble:
                         self._on_trouble(trouble)
@@ -67,7 +67,8 @@ class Unspooler:
                     self._brought = 0
                     wait, in_trouble = self._retry_after, False
 
-    async def _empty(self) -> None:
+    async def empty(self) -> None:
+        """Bring what waits, once. Raises JournalUnavailable, SpoolUnavailable."""
         try:
             await self._bring()
         finally:

@@ -21,6 +21,7 @@ import trio
 from actors.kernel import Address, MailboxClosed, MailboxFull
 from actors.messages import Delivery, Spooled
 from router.channels import whatsapp
+from router.channels.tombstones import Tombstones
 from router.channels.whatsapp import AppSecret, Splitter
 from router.config import AppConfig
 
@@ -78,6 +79,7 @@ class Webhooks:
         ingress: Address[Delivery],
         *,
         dedup_key: Callable[[], bytes | None],
+        tombstones: Tombstones | None = None,
         spools: bool = False,
     ) -> None:
         """Without the key of the ledger nothing can be split: with `spools` it is taken all the same."""
@@ -86,7 +88,7 @@ class Webhooks:
         self._spools = spools
         apps = tuple(apps)
         claimed = {number: app.name for app in apps for number in app.numbers}
-        self._routes = {app.path.encode(): _App(app, claimed) for app in apps}
+        self._routes = {app.path.encode(): _App(app, claimed, tombstones or Tombstones()) for app in apps}
         self._apps = {app.config.name: app for app in self._routes.values()}
         self._id_prefix = os.urandom(6).hex()
         self._ids = count(1)
@@ -251,15 +253,18 @@ class _Exchange:
 class _App:
     """One app's secrets and splitter; the splitter needs the ledger's key, which is in the database."""
 
-    def __init__(self, config: AppConfig, claimed: Mapping[str, str]) -> None:
+    def __init__(self, config: AppConfig, claimed: Mapping[str, str], tombstones: Tombstones) -> None:
         self.config = config
         self.live_secrets = tuple(AppSecret(secret.encode()) for secret in config.live_secrets)
         self._claimed = claimed
+        self._tombstones = tombstones
         self._splitter: Splitter | None = None
 
     def splitter(self, dedup_key: bytes | None) -> Splitter | None:
         if self._splitter is None and dedup_key is not None:
-            self._splitter = Splitter(self.config.name, dedup_key=dedup_key, is_ours=self.is_ours)
+            self._splitter = Splitter(
+                self.config.name, dedup_key=dedup_key, is_ours=self.is_ours, tombstones=self._tombstones
+            )
         return self._splitter
 
     def is_ours(self, number: str) -> bool:

@@ -23,6 +23,7 @@ from actors.ports import Clock
 from actors.tree import JanitorSpec, SenderSpec, ServiceSpec, TreeSpec
 from actors.unspooler import Unspooler
 from router.accept import Webhooks, is_correlation_id, is_traceparent
+from router.channels.tombstones import Tombstones
 from router.clock import utc_now
 from router.config import Config, ServiceConfig
 from router.config_rules import checked
@@ -107,6 +108,9 @@ class Router:
         self._clock = clock
         self._epoch: int | None = None
         self._dedup_key: bytes | None = None
+        self._tombstones = Tombstones()
+        self._erasures = 0  # that were heard of
+        self._erased = trio.Event()
         self._handlers = {canonical_domain(name): function for name, function in handlers.items()}
         unknown = sorted(self._handlers.keys() - config.services.keys())
         if unknown:
@@ -119,6 +123,7 @@ class Router:
             on_journal=lambda: self._owner.look(),
             on_dead_letters=lambda: self._owner.replay(),
             on_jobs=lambda: self._owner.look_at_jobs(),
+            on_erasures=self._hear_of_erasures,
         )
         limits = config.limits
         self.journal = PostgresJournal(
@@ -164,6 +169,7 @@ class Router:
                 completer_max_rows=limits.flush_max_rows,
                 session_idle=10.0,
                 sweep_every=30.0,
+                erasures=lambda: self._erasures,
                 report=_report,
                 on_breaker=_report_breaker,
             ),
@@ -191,6 +197,7 @@ class Router:
             config.apps,
             self._ingress_address,
             dedup_key=lambda: self._dedup_key,
+            tombstones=self._tombstones,
             spools=self.spool is not None,
         )
         self._reached = trio.Event()  # the database, with the schema that it has to have
@@ -258,9 +265,9 @@ class Router:
             traceparent=envelope.traceparent,
             settle=settle,
         )
-        wrong = [item.reason for item in delivery.items if item.bucket is not None]
+        wrong = [str(item.reason or item.bucket) for item in delivery.items if item.bucket is not None]
         if wrong:
-            raise ValueError(f"the message cannot be routed: {', '.join(str(reason) for reason in wrong)}")
+            raise ValueError(f"the message cannot be routed: {', '.join(wrong)}")
         await self._ingress_address.tell(delivery)
         await settled.wait()
         if not stored[0]:
@@ -331,6 +338,7 @@ class Router:
         JournalUnavailable."""
         await self.journal.keep_house()
         await self._load_menu()
+        await self._load_tombstones()
         self._dedup_key = await self.journal.dedup_key()
         self._reached.set()
 
@@ -414,18 +422,28 @@ class Router:
         await self.journal.close()
 
     async def _keep_house(self) -> None:
-        """The ledger rotates; the menu follows its table."""
+        """The ledger rotates; the menu and the tombstones follow their tables."""
         await self._reached.wait()
         next_house = trio.current_time() + _KEEP_HOUSE_EVERY
         while True:
-            await trio.sleep(_MENU_EVERY)
+            with trio.move_on_after(_MENU_EVERY):
+                await self._erased.wait()
+            self._erased = trio.Event()
             try:
+                await self._load_tombstones()
                 await self._load_menu()
                 if trio.current_time() >= next_house:
                     await self.journal.rotate_ledger()
                     next_house = trio.current_time() + _KEEP_HOUSE_EVERY
             except JournalUnavailable as error:
                 _report("housekeeping", error)
+
+    def _hear_of_erasures(self) -> None:
+        self._erasures += 1
+        self._erased.set()
+
+    async def _load_tombstones(self) -> None:
+        self._tombstones.load(*await self.journal.erasures())
 
     async def _load_menu(self) -> None:
         self._routes.menu = HomeMenu(
@@ -451,9 +469,39 @@ async def operators_ingress(
     )
     try:
         key = await journal.dedup_key()
-        yield ingress, Webhooks(config.apps, Address("none", 1), dedup_key=lambda: key)
+        tombstones = Tombstones()
+        tombstones.load(*await journal.erasures())
+        yield ingress, Webhooks(config.apps, Address("none", 1), dedup_key=lambda: key, tombstones=tombstones)
     finally:
         await _shielded(journal.close, 3.0)
+
+
+async def adopt_spool(
+    config: Config, bridge: Bridge, dsn: Callable[[], str], report: Callable[[str], None]
+) -> None:
+    """Journal what ended processes left in the spool, as the next router would at its start.
+
+    Raises:
+        JournalUnavailable, SpoolUnavailable: it stays there.
+    """
+    spool = SpoolDirectory(
+        config.data_dir / "spool",
+        max_bytes=config.limits.spool_max_bytes,
+        report=lambda event, details: report(f"{event}: {details}"),
+    )
+    await spool.open()
+    try:
+        async with operators_ingress(config, bridge, dsn) as (ingress, webhooks):
+            unspooler = Unspooler(
+                spool,
+                ingress,
+                split=webhooks.split_again,
+                on_trouble=lambda error: None,
+                on_emptied=lambda count: None,
+            )
+            await unspooler.empty()
+    finally:
+        spool.close()
 
 
 def _service_spec(service: ServiceConfig, lane: Any) -> ServiceSpec:

@@ -7,12 +7,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, closing
 from datetime import datetime
+from typing import Any
 
 import trio
 
 from router.archive.columns import Column, Row
 from router.archive.files import ArchiveFiles, WrittenTable, next_page
-from router.channels import whatsapp
+from router.channels import bodies
 from router.json_text import parse
 from router.postgres.archives import Archive, Pages, PostgresArchives
 
@@ -59,13 +60,7 @@ class Archiver:
             self._on_step("say written")
             await self._archives.written(epoch, archive.name, self._files.location, told)
         # What the database says was written: the same, whoever writes the manifest, and however late.
-        manifest = {
-            "name": archive.name,
-            "kind": archive.kind,
-            "from": archive.from_at.isoformat(),
-            "until": archive.until_at.isoformat(),
-            "tables": told,
-        }
+        manifest = manifest_of(archive.name, archive.kind, archive.from_at, archive.until_at, told)
         self._on_step("write manifest")
         await trio.to_thread.run_sync(self._files.write_manifest, archive.name, manifest)
         await trio.to_thread.run_sync(self._files.tidy, archive.name)
@@ -121,6 +116,19 @@ class Archiver:
             return await writing.end()
 
 
+def manifest_of(
+    name: str, kind: str, from_at: datetime, until_at: datetime, tables: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What an archive says of itself; `tables` as the database has them."""
+    return {
+        "name": name,
+        "kind": kind,
+        "from": from_at.isoformat(),
+        "until": until_at.isoformat(),
+        "tables": tables,
+    }
+
+
 def archiver(archives: PostgresArchives, location: str) -> Archiver:
     """For archives at a directory or a URI."""
     return Archiver(archives, ArchiveFiles(location))
@@ -167,6 +175,6 @@ def _subjects(page: Sequence[Row], body: int, event_id: int) -> list[Row]:
 
 def _people(body: bytes) -> set[str]:
     try:
-        return whatsapp.people(parse(body))
+        return bodies.people(parse(body))
     except ValueError:
         return set()

@@ -28,6 +28,7 @@ from router.command import (
 )
 from router.config import Config
 from router.dlq import dlq
+from router.erase import erase
 from router.events import events
 from router.jobs import jobs, settings
 
@@ -46,6 +47,7 @@ def main() -> None:
 main.add_command(archive)
 main.add_command(audit)
 main.add_command(dlq)
+main.add_command(erase)
 main.add_command(events)
 main.add_command(jobs)
 main.add_command(settings)

@@ -64,6 +64,7 @@ def judge(
         ("received", c["received"], c["duplicates"] + c["items"]),
         ("journaled", c["journaled"], c["items"]),
         ("malformed", c["malformed"], c["items_malformed"]),
+        ("erased", c["erased"], c["items_erased"]),
         ("handled at once", c["handled_at_once"], c["items_handled"]),
         ("handled", c["handled"], c["outcomes_handled"]),
         ("delivered", c["delivered"], c["outcomes_delivered"]),
@@ -86,6 +87,7 @@ def judge(
             "dead_letter": c["outcomes_dead_letter"],
             "deferred": c["outcomes_deferred"],
             "discarded": c["outcomes_discarded"],
+            "erased": c["items_erased"],
             "undelivered": c["undelivered"],
         },
         dead_letters={

@@ -16,7 +16,8 @@ import trio
 from actors.errors import JournalUnavailable
 from actors.ingress import Ingress
 from actors.messages import Delivery
-from router.app import operators_ingress
+from router.app import adopt_spool, operators_ingress
+from router.channels.tombstones import Tombstones
 from router.channels.whatsapp import Splitter
 from router.clock import utc_now
 from router.config import Config
@@ -99,7 +100,7 @@ class Operations:
     def __init__(
         self, config: Config, bridge: Bridge, dsn: Callable[[], str], connection: asyncpg.Connection
     ) -> None:
-        self._config = config
+        self.config = config
         self._bridge = bridge
         self._dsn = dsn
         self._connection = connection
@@ -114,6 +115,10 @@ class Operations:
                 raise JournalUnavailable(describe(error)) from error
 
         return await self._bridge.run(run)
+
+    async def adopt_spool(self, report: Callable[[str], None]) -> None:
+        """Journal what ended processes left in the spool of the data directory. Raises SpoolUnavailable."""
+        await adopt_spool(self.config, self._bridge, self._dsn, report)
 
     async def check(self) -> Conservation:
         return await self.run(recount)
@@ -183,7 +188,7 @@ class Operations:
         """
         done = Reparsed()
         after = 0
-        async with operators_ingress(self._config, self._bridge, self._dsn) as (ingress, webhooks):
+        async with operators_ingress(self.config, self._bridge, self._dsn) as (ingress, webhooks):
             while page := await self._malformed_after(after, ids, reason):
                 for event in page:
                     splitter = webhooks.splitter_of(event.app)
@@ -314,6 +319,19 @@ class Operations:
                 raise CannotWatch(str(error)) from None
 
         await self.run(work)
+
+    async def tombstones(self) -> Tombstones:
+        """Who was erased."""
+
+        async def work(connection: asyncpg.Connection) -> Tombstones:
+            tombstones = Tombstones()
+            tombstones.load(
+                await connection.fetchval(_JOURNAL["subjects_key"]),
+                [(row["subject"], row["erased_at"]) for row in await connection.fetch(_JOURNAL["erasures"])],
+            )
+            return tombstones
+
+        return await self.run(work)
 
     # Archives
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from actors.messages import Bucket, Delivery, Incoming
-from router.channels.whatsapp import Splitter, cut
+from router.channels.bodies import cut
+from router.channels.whatsapp import Splitter
 from router.json_text import encode, parse
 
 

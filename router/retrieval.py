@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from typing import Any
 
 import asyncpg
@@ -10,7 +11,9 @@ import trio
 
 from router.archive.columns import Row
 from router.archive.files import ArchiveError, ArchiveFiles, WrittenTable, next_page
-from router.channels import whatsapp
+from router.channels import bodies
+from router.channels.redaction import Redaction
+from router.cleaning import Cleaning, items_of
 from router.json_text import parse
 from router.operations import Operations
 from router.postgres.archives import already_restored, make_restored, other_names
@@ -29,7 +32,8 @@ class RestoreError(Exception):
 
 
 async def restore(operations: Operations, files: ArchiveFiles, name: str, schema: str) -> dict[str, int]:
-    """Put the tables of an archive into a schema of their own, all of them or none; returns their rows.
+    """Put the tables of an archive into a schema of their own, all of them or none; returns their rows. Who
+    was erased is not in them, also where the files are a copy from before.
 
     Raises:
         ArchiveError: there is no such archive, or it is damaged.
@@ -46,16 +50,40 @@ async def restore(operations: Operations, files: ArchiveFiles, name: str, schema
     if taken:
         raise RestoreError(f"there already: {', '.join(f'{schema}.{one}' for one in taken)}; drop them first")
 
+    cleaning = await _erased_since(operations, files, name)
     transaction = await operations.run(_begin)
+    rows = {}
     try:
         for table, told in tables.items():
-            await _restore_table(operations, files, name, table, told, schema, targets[table])
+            pages = files.rows(name, table, told) if cleaning is None else cleaning.rows(table)
+            rows[table] = await _restore_table(operations, pages, told, schema, targets[table])
     except BaseException:
         with trio.CancelScope(shield=True):
             await operations.run(lambda c: transaction.rollback())
         raise
     await operations.run(lambda c: transaction.commit())
-    return {f"{schema}.{targets[table]}": told.rows for table, told in tables.items()}
+    return {f"{schema}.{targets[table]}": count for table, count in rows.items()}
+
+
+async def _erased_since(operations: Operations, files: ArchiveFiles, name: str) -> Cleaning | None:
+    """The archive without those who were erased after it was written; None: it has nobody of them."""
+    tombstones = await operations.tombstones()
+
+    def look() -> Cleaning | None:
+        if not tombstones.newest:
+            return None
+        tables = files.tables(name)
+        erased: dict[str, datetime] = {}
+        for page in files.rows(name, "subjects", tables["subjects"]):
+            for subject, *_ in page:
+                if (at := tombstones.erased_at(subject)) is not None:
+                    erased[subject] = at
+        if not erased:
+            return None
+        paths = items_of(files, name, tables, frozenset(erased))
+        return Cleaning(files, name, tables, Redaction(erased), paths, until=max(erased.values()))
+
+    return await trio.to_thread.run_sync(look)
 
 
 async def _begin(connection: asyncpg.Connection) -> Any:
@@ -66,16 +94,15 @@ async def _begin(connection: asyncpg.Connection) -> Any:
 
 async def _restore_table(
     operations: Operations,
-    files: ArchiveFiles,
-    name: str,
-    table: str,
+    pages: Iterator[list[Row]],
     told: WrittenTable,
     schema: str,
     target: str,
-) -> None:
+) -> int:
+    """Returns how many rows there were."""
+    rows = 0
     columns = [(one.name, one.type) for one in told.columns]
     await operations.run(lambda c: make_restored(c, schema, target, columns))
-    pages = files.rows(name, table, told)
     while (page := await trio.to_thread.run_sync(next_page, pages)) is not None:
 
         async def copy(connection: asyncpg.Connection, page: list[Row] = page) -> None:
@@ -84,6 +111,8 @@ async def _restore_table(
             )
 
         await operations.run(copy)
+        rows += len(page)
+    return rows
 
 
 async def search(
@@ -118,13 +147,13 @@ def _search(
         items = files.find(name, "items", "message_id", [message_id])
     if not items:
         return
-    bodies = _by(
+    found = _by(
         files.find(name, "bodies", "event_id", sorted({one["event_id"] for one in items})), "event_id"
     )
     outcomes = _by(files.find(name, "outcomes", "seq", [one["seq"] for one in items]), "seq")
     for item in items:
-        part = _part(bodies.get(item["event_id"]), item["path"])
-        if names is not None and not whatsapp.people(part) & names and not _is_about(item, names):
+        part = _part(found.get(item["event_id"]), item["path"])
+        if names is not None and not bodies.people(part) & names and not _is_about(item, names):
             continue
         outcome = outcomes.get(item["seq"], {})
         yield {
@@ -146,7 +175,7 @@ def _by(rows: Sequence[dict[str, Any]], key: str) -> dict[Any, dict[str, Any]]:
 
 def _part(body: dict[str, Any] | None, path: str) -> Any:
     try:
-        return None if body is None else whatsapp.part_at(parse(body["body"]), path)
+        return None if body is None else bodies.part_at(parse(body["body"]), path)
     except (LookupError, ValueError):
         return None
 

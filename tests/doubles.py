@@ -557,6 +557,7 @@ def tree_spec(journal: MemoryJournal, *services: ServiceSpec, **changes: Any) ->
         completer_max_rows=10,
         session_idle=5,
         sweep_every=60,
+        erasures=lambda: 0,
         report=lambda name, error: None,
         on_breaker=lambda name, breaker: None,
     )
@@ -592,6 +593,7 @@ class Rig:
         self.crashes: list[tuple[str, Exception]] = []
         self.lost: list[Item] = []
         self.held_lease = True
+        self.erasures = 0
         self.now = START
         self.services = {
             name: service(
@@ -634,6 +636,7 @@ class Rig:
             committed=self.dispatcher.until_committed,
             next_version=lambda: next(self._versions),
             session_ttl=timedelta(hours=24),
+            erasures=lambda: self.erasures,
             clock=lambda: self.now,
         )
 

@@ -18,8 +18,29 @@ from source_tree import PACKAGES, ROOT, imports_of, module_of, modules, nodes_of
 from router.cli import main
 
 LAYERS = {
-    "cli": ("router.cli", "router.__main__", "archives", "audit", "dlq", "events", "jobs", "command"),
-    "commands": ("serve", "demo", "trial", "operations", "retrieval", "reparse", "explain", "conservation"),
+    "cli": (
+        "router.cli",
+        "router.__main__",
+        "archives",
+        "audit",
+        "dlq",
+        "erase",
+        "events",
+        "jobs",
+        "command",
+    ),
+    "commands": (
+        "serve",
+        "demo",
+        "trial",
+        "operations",
+        "retrieval",
+        "erasing",
+        "cleaning",
+        "reparse",
+        "explain",
+        "conservation",
+    ),
     "edge": ("edge",),
     "app": ("router", "router.app", "archiving", "database", "housekeeping", "inbound"),
     "accept": ("accept",),

@@ -25,6 +25,7 @@ from .statements import statements
 
 LEDGER_GENERATION = timedelta(days=8)  # dedup is guaranteed for 8 to 16 days (Meta redelivers for 7)
 PARTITIONS_AHEAD = 4  # weeks and months
+_APPEND_ARGUMENTS = 9  # of rows.flush_arguments
 _RELEASED_AT_ONCE = 1_000  # dead letters
 _LOCK_ATTEMPTS = 5
 _LOCK_PAUSE = 0.5  # seconds
@@ -84,6 +85,7 @@ class PostgresJournal:
         self, now: datetime, notify: bool, duplicates: int, arguments: list[Any]
     ) -> Appended | Duplicates | None:
         loop = asyncio.get_running_loop()
+        statement = _SQL["append"] if len(arguments) == _APPEND_ARGUMENTS else _SQL["append_erased"]
         give_up = loop.time() + self._patience
         in_doubt = given_a_home = False
         while True:
@@ -96,7 +98,7 @@ class PostgresJournal:
                     self._flush += 1
                     in_doubt = True
                     row = await connection.fetchrow(
-                        _SQL["append"], self._writer, self._flush, now, notify, duplicates, *arguments
+                        statement, self._writer, self._flush, now, notify, duplicates, *arguments
                     )
                     return _appended(row, now)
             except (asyncpg.PostgresError, *TRANSIENT) as error:
@@ -186,6 +188,11 @@ class PostgresJournal:
         """The key of the ledger's hashes."""
         value: bytes = (await self._fetch("dedup_key"))[0][0]
         return value
+
+    async def erasures(self) -> tuple[bytes, list[tuple[str, datetime]]]:
+        """The key of the hashes of erased persons' names, and these with the time of each erasure."""
+        key: bytes = (await self._fetch("subjects_key"))[0][0]
+        return key, [(row["subject"], row["erased_at"]) for row in await self._fetch("erasures")]
 
     # Dead letters
 

@@ -28,11 +28,13 @@ _LOOK_EVERY = 0.5  # seconds between looks of one that stands by
 _DEAD_LETTERS = "postroom_dead_letters"
 _JOURNAL = "postroom_journal"
 _JOBS = "postroom_jobs"
+_ERASURES = "postroom_erasures"
 
 
 class PostgresLease:
-    """`on_journal`, `on_dead_letters` and `on_jobs` are called in the trio thread when another process has
-    journaled something, asked for dead letters to be retried, or for a job, or switched one.
+    """`on_journal`, `on_dead_letters`, `on_jobs` and `on_erasures` are called in the trio thread when another
+    process has journaled something, asked for dead letters to be retried, asked for a job or switched one, or
+    erased a person.
     """
 
     def __init__(
@@ -43,11 +45,13 @@ class PostgresLease:
         on_journal: Callable[[], None],
         on_dead_letters: Callable[[], None],
         on_jobs: Callable[[], None],
+        on_erasures: Callable[[], None],
     ) -> None:
         self._bridge = bridge
         self._on_journal = on_journal
         self._on_dead_letters = on_dead_letters
         self._on_jobs = on_jobs
+        self._on_erasures = on_erasures
         self._holder = uuid.uuid4()
         self._line = Line(dsn, "lease", on_open=self._opened)
         self._valid_until = float("-inf")  # trio's clock
@@ -93,6 +97,7 @@ class PostgresLease:
         await connection.add_listener(_JOURNAL, lambda *_: self._bridge.call_soon(self._on_journal))
         await connection.add_listener(_DEAD_LETTERS, lambda *_: self._bridge.call_soon(self._on_dead_letters))
         await connection.add_listener(_JOBS, lambda *_: self._bridge.call_soon(self._on_jobs))
+        await connection.add_listener(_ERASURES, lambda *_: self._bridge.call_soon(self._on_erasures))
         connection.add_termination_listener(lambda _: self._bridge.call_soon(self._lost))
         self._locked = False
         self._bridge.call_soon(self._found)
@@ -103,6 +108,7 @@ class PostgresLease:
         self._on_journal()
         self._on_dead_letters()
         self._on_jobs()
+        self._on_erasures()
 
     def _lost(self) -> None:
         self._connected = False

@@ -12,18 +12,19 @@ from typing import Any
 import orjson
 
 from actors.messages import Bucket, Completion, Delivery, Incoming, Item, Session
-from router.channels import whatsapp
+from router.channels import bodies
 from router.json_text import parse, storable
 
 _UNIX_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def flush_arguments(deliveries: Sequence[Delivery]) -> list[Any]:
-    """postroom_append's arguments from p_malformed on."""
+    """postroom_append's arguments from p_malformed on; where items are of erased persons, those of
+    postroom_append_erased, which takes their number as well: one argument more."""
     events: list[tuple[Any, ...]] = []
     items: list[tuple[Any, ...]] = []
     furthest: dict[tuple[str, str], Incoming] = {}
-    malformed = handled = 0
+    malformed = handled = erased = 0
     for number, delivery in enumerate(deliveries, 1):
         events.append(
             (delivery.app, delivery.correlation_id, delivery.traceparent, delivery.partial, delivery.body)
@@ -35,6 +36,8 @@ def flush_arguments(deliveries: Sequence[Delivery]) -> list[Any]:
                 names = item.names
             elif bucket is Bucket.MALFORMED:
                 malformed += 1
+            elif bucket is Bucket.ERASED:
+                erased += 1
             else:
                 handled += 1
                 if item.status is not None:
@@ -55,7 +58,8 @@ def flush_arguments(deliveries: Sequence[Delivery]) -> list[Any]:
                     item.reason,
                 )
             )
-    return [malformed, handled, events, items, *_statuses(furthest)]
+    arguments = [malformed, handled, events, items, *_statuses(furthest)]
+    return [*arguments, erased] if erased else arguments
 
 
 def _keep_furthest(furthest: dict[tuple[str, str], Incoming], item: Incoming) -> None:
@@ -91,7 +95,7 @@ def items_of(rows: Iterable[Any]) -> list[Item]:
         if event_id not in documents:
             documents[event_id] = parse(row["body"])
         try:
-            message, contact = whatsapp.item_at(documents[event_id], row["path"])
+            message, contact = bodies.item_at(documents[event_id], row["path"])
         except LookupError:
             continue
         items.append(replace(_item(row, message, contact), joins=row["joins"]))
@@ -107,14 +111,14 @@ def replay_of(row: Any) -> Item:
     contact: Mapping[str, Any] | None = None
     if row["body"] is not None:
         with suppress(LookupError):
-            stored, contact = whatsapp.item_at(parse(row["body"]), row["path"])
+            stored, contact = bodies.item_at(parse(row["body"]), row["path"])
     if row["revision"] or not stored:
         with suppress(ValueError):
             kept = parse(row["payload"].encode())
     message = kept if isinstance(kept, dict) else stored
     item = _item(row, message, contact)
     # Who is answered is who wrote, whatever an edit says.
-    wa_id, user_id = whatsapp.sender(stored or ({} if row["revision"] else message), contact)
+    wa_id, user_id = bodies.sender(stored or ({} if row["revision"] else message), contact)
     return replace(
         item,
         wa_id=wa_id if wa_id or user_id else row["phone_number"],
@@ -130,7 +134,7 @@ def replay_of(row: Any) -> Item:
 
 
 def _item(row: Any, message: Mapping[str, Any], contact: Mapping[str, Any] | None) -> Item:
-    wa_id, user_id = whatsapp.sender(message, contact)
+    wa_id, user_id = bodies.sender(message, contact)
     return Item(
         seq=row["seq"],
         key=f"msg_{row['key'].hex()}",

@@ -18,15 +18,8 @@ from texts import texts
 
 from actors.messages import Bucket, Delivery, Incoming, Kind
 from router.channels import whatsapp
-from router.channels.whatsapp import (
-    MAX_ID_CHARS,
-    AppSecret,
-    Splitter,
-    challenge,
-    item_at,
-    sender,
-    signature_is_valid,
-)
+from router.channels.bodies import MAX_ID_CHARS, cut, item_at, sender
+from router.channels.whatsapp import AppSecret, Splitter, challenge, signature_is_valid
 from router.json_text import MAX_NESTING, parse
 from router.simulator import payloads, signature
 from router.simulator.payloads import Head, Json
@@ -775,5 +768,5 @@ class TestAnything:
             "entry": [{"changes": [{"field": "messages", "value": value}]}],
         }
         assert len(splitter().split(document)) == 1000
-        whatsapp.cut(document, {"0.0.m1"})
+        cut(document, {"0.0.m1"})
         assert Counting.reads < 20_000

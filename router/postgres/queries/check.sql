@@ -1,9 +1,10 @@
 -- name: counts
 -- Tables against tallies, in one snapshot.
-SELECT h.received, h.duplicates, h.malformed, h.handled AS handled_at_once, h.next_seq - 1 AS journaled,
+SELECT h.received, h.duplicates, h.malformed, h.handled AS handled_at_once, h.erased, h.next_seq - 1 AS journaled,
        t.handled, t.delivered, t.rejected, t.dead_letter, t.deferred, t.discarded, t.unreadable_answer, t.low_water,
        i.items + a.items AS items, i.items_malformed + a.items_malformed AS items_malformed,
-       i.items_handled + a.items_handled AS items_handled, i.items_open + a.items_open AS items_open,
+       i.items_handled + a.items_handled AS items_handled,
+       i.items_erased + postroom_archived_erased() AS items_erased, i.items_open + a.items_open AS items_open,
        o.outcomes + a.outcomes AS outcomes, o.outcomes_handled + a.outcomes_handled AS outcomes_handled,
        o.outcomes_delivered + a.outcomes_delivered AS outcomes_delivered,
        o.outcomes_rejected + a.outcomes_rejected AS outcomes_rejected,
@@ -17,6 +18,7 @@ SELECT h.received, h.duplicates, h.malformed, h.handled AS handled_at_once, h.ne
  CROSS JOIN (SELECT count(*) AS items,
                     count(*) FILTER (WHERE bucket = 'malformed') AS items_malformed,
                     count(*) FILTER (WHERE bucket = 'handled') AS items_handled,
+                    count(*) FILTER (WHERE bucket = 'erased') AS items_erased,
                     count(*) FILTER (WHERE bucket IS NULL) AS items_open
                FROM whatsapp_messages_items) i
  CROSS JOIN (SELECT count(*) AS outcomes,

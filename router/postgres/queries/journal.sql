@@ -6,11 +6,20 @@ INSERT INTO journal_writers (writer, flush, started_at) VALUES ($1, $2, $3) ON C
 -- name: append
 SELECT * FROM postroom_append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14);
 
+-- name: append_erased
+SELECT * FROM postroom_append_erased($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15);
+
 -- name: resolve_flush
 SELECT postroom_resolve_flush($1, $2);
 
 -- name: dedup_key
 SELECT value FROM postroom_keys WHERE name = 'dedup';
+
+-- name: subjects_key
+SELECT value FROM postroom_keys WHERE name = 'subjects';
+
+-- name: erasures
+SELECT subject, erased_at FROM postroom_erasures;
 
 -- name: takes_no_writes
 SELECT current_setting('transaction_read_only')::boolean;

@@ -36,6 +36,7 @@ async def open_lease(database: Database) -> AsyncIterator[PostgresLease]:
         on_journal=lambda: None,
         on_dead_letters=lambda: None,
         on_jobs=lambda: None,
+        on_erasures=lambda: None,
     )
     try:
         yield lease

@@ -1,0 +1,189 @@
+"""An archive without some person: which of its rows that concerns, and the rows as they are then. Reads files
+and changes none; it blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
+from typing import Any
+
+from router.archive.columns import Column, Row
+from router.archive.files import ArchiveFiles, WrittenTable
+from router.channels.redaction import Redacted, Redaction
+from router.json_text import parse, storable
+
+Paths = Mapping[int, set[str]]
+"""By event: the paths of items that are known to be the person's."""
+
+
+class Cleaning:
+    """One archive. `until`: what was received later is left as it is; None: all of it is looked at. Made by
+    reading all of the archive, whose rows are then as `rows` gives them.
+
+    Raises:
+        ArchiveError: it cannot be read.
+    """
+
+    def __init__(
+        self,
+        files: ArchiveFiles,
+        name: str,
+        tables: Mapping[str, WrittenTable],
+        redaction: Redaction,
+        paths: Paths,
+        *,
+        until: datetime | None = None,
+    ) -> None:
+        self._files = files
+        self._name = name
+        self._tables = tables
+        self._redaction = redaction
+        self._until = until
+        self.bodies: dict[int, Redacted] = {}
+        """By event: what its body is now."""
+        self.items: dict[int, str | None] = {}
+        """By seq, of the items that are gone: the bucket, None for those that a session took."""
+        self.outcomes: dict[int, str] = {}
+        """By seq: how they had ended."""
+        self._replies: dict[int, Row | None] = {}
+        self._subjects = 0
+        self._look(paths)
+
+    @property
+    def replies(self) -> int:
+        """How many replies to the person are gone."""
+        return sum(row is None for row in self._replies.values())
+
+    def rows(self, table: str) -> Iterator[list[Row]]:
+        """The rows of a table without the person, page by page. Raises ArchiveError."""
+        told = self._tables[table]
+        change = self._changes().get(table)
+        for page in self._files.rows(self._name, table, told):
+            if change is not None:
+                apply = change[1]
+                columns = _Columns(told.columns)
+                page = [after for row in page if (after := apply(columns, row)) is not None]
+            yield page
+
+    def touched(self) -> list[str]:
+        """The tables that are not what they were."""
+        return [table for table, (is_touched, _) in self._changes().items() if is_touched]
+
+    def _changes(self) -> dict[str, tuple[bool, Callable[[_Columns, Row], Row | None]]]:
+        """By table: whether a row of it is concerned, and what becomes of each: None, it is gone."""
+        changes = {
+            "items": (bool(self.items), self._item),
+            "outcomes": (bool(self.outcomes), self._outcome),
+            "replies": (bool(self._replies), self._reply),
+            "bodies": (bool(self.bodies), self._body),
+            "events": (bool(self.bodies), self._body),
+            "subjects": (bool(self._subjects), self._subject),
+        }
+        return {table: change for table, change in changes.items() if table in self._tables}
+
+    def _look(self, paths: Paths) -> None:
+        redaction = self._redaction
+        for table in ("bodies", "events"):
+            for columns, row in self._all(table):
+                event = columns.of(row, "event_id")
+                body = columns.of(row, "body")
+                known = paths.get(event, set())
+                if (known or redaction.may_concern(body)) and self._is_meant(columns.of(row, "received_at")):
+                    redacted = redaction.body(body, known)
+                    if redacted is not None:
+                        self.bodies[event] = redacted
+        for columns, row in self._all("items"):
+            event, path = columns.of(row, "event_id"), columns.of(row, "path")
+            redacted = self.bodies.get(event)
+            if (path in paths.get(event, ()) or (redacted is not None and path in redacted.paths)) and (
+                self._is_meant(columns.of(row, "received_at")) and columns.of(row, "bucket") != "erased"
+            ):
+                self.items[columns.of(row, "seq")] = columns.of(row, "bucket")
+        for columns, row in self._all("outcomes") if self.items else ():
+            if columns.of(row, "seq") in self.items:
+                self.outcomes[columns.of(row, "seq")] = columns.of(row, "outcome")
+        for columns, row in self._all("replies"):
+            if self._is_meant(columns.of(row, "created_at")):
+                self._look_at_reply(columns, row)
+        for columns, row in self._all("subjects"):
+            self._subjects += columns.of(row, "subject") in redaction.names and self._until is None
+
+    def _look_at_reply(self, columns: _Columns, row: Row) -> None:
+        identity, names = columns.of(row, "id"), self._redaction.names
+        own = columns.of(row, "recipient") in names or _is_key_of(columns.of(row, "session_key"), names)
+        if own or columns.of(row, "seq") in self.items:
+            self._replies[identity] = None
+            return
+        payload, error = parse(columns.of(row, "payload").encode()), columns.of(row, "error_message")
+        cleaned = self._redaction.part(payload), self._redaction.text(error or "")
+        if cleaned != (payload, error or ""):
+            self._replies[identity] = columns.with_(
+                row, payload=storable(cleaned[0]), error_message=cleaned[1] or None
+            )
+
+    def _is_meant(self, received_at: datetime) -> bool:
+        return self._until is None or received_at <= self._until
+
+    def _all(self, table: str) -> Iterator[tuple[_Columns, Row]]:
+        if table in self._tables:
+            told = self._tables[table]
+            columns = _Columns(told.columns)
+            for page in self._files.rows(self._name, table, told):
+                for row in page:
+                    yield columns, row
+
+    def _item(self, columns: _Columns, row: Row) -> Row:
+        if columns.of(row, "seq") not in self.items:
+            return row
+        return columns.with_(row, bucket="erased", reason=None, message_id=None, session_key=None, joins=None)
+
+    def _outcome(self, columns: _Columns, row: Row) -> Row | None:
+        return None if columns.of(row, "seq") in self.items else row
+
+    def _reply(self, columns: _Columns, row: Row) -> Row | None:
+        return self._replies.get(columns.of(row, "id"), row)
+
+    def _body(self, columns: _Columns, row: Row) -> Row:
+        redacted = self.bodies.get(columns.of(row, "event_id"))
+        return row if redacted is None else columns.with_(row, body=redacted.body, partial=True)
+
+    def _subject(self, columns: _Columns, row: Row) -> Row | None:
+        return None if columns.of(row, "subject") in self._redaction.names else row
+
+
+class _Columns:
+    """Rows by the names of their columns."""
+
+    def __init__(self, columns: tuple[Column, ...]) -> None:
+        self._places = {column.name: place for place, column in enumerate(columns)}
+
+    def of(self, row: Row, name: str) -> Any:
+        place = self._places.get(name)
+        return None if place is None else row[place]
+
+    def with_(self, row: Row, **values: Any) -> Row:
+        changed = list(row)
+        for name, value in values.items():
+            if name in self._places:
+                changed[self._places[name]] = value
+        return tuple(changed)
+
+
+def items_of(
+    files: ArchiveFiles, name: str, tables: Mapping[str, WrittenTable], names: frozenset[str]
+) -> dict[int, set[str]]:
+    """By event: the paths of the items in conversations with the person. Blocks. Raises ArchiveError."""
+    found: dict[int, set[str]] = {}
+    if "items" in tables:
+        columns = _Columns(tables["items"].columns)
+        for page in files.rows(name, "items", tables["items"]):
+            for row in page:
+                if _is_key_of(columns.of(row, "session_key"), names):
+                    found.setdefault(columns.of(row, "event_id"), set()).add(columns.of(row, "path"))
+    return found
+
+
+def _is_key_of(session_key: str | None, names: frozenset[str]) -> bool:
+    """A conversation is known by its number and the name that its person had first."""
+    return session_key is not None and session_key.partition(":")[2] in names

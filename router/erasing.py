@@ -1,0 +1,422 @@
+"""Erasure of one person, everywhere: what waits in the spool, what is in tables, what is in archives. Each
+step can be done again, and what was interrupted is: nothing is said to be erased before all of it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from functools import partial
+from typing import Any, TypeVar
+
+import asyncpg
+import orjson
+import trio
+
+from router.archive.files import ArchiveFiles, WrittenTable
+from router.archiving import manifest_of
+from router.channels.redaction import Redacted, Redaction
+from router.cleaning import Cleaning, items_of
+from router.clock import utc_now
+from router.json_text import parse, storable
+from router.operations import Operations
+from router.postgres.statements import statements
+from router.spool import remains
+
+T = TypeVar("T")
+
+_SQL = statements("erasures")
+_LONG = 3_600.0  # seconds: whole tables are read
+_PAGE = 50  # bodies that are changed in one transaction, during which nobody journals or delivers
+_LOOK_AGAIN = 0.2  # seconds
+
+
+class CannotErase(Exception):
+    """Not everything could be erased; the message says what is left, and what to do. What was erased is."""
+
+
+@dataclass(slots=True)
+class Erasure:
+    """What was erased, or would be. `items` of the person, in tables and in archives; `bodies` that were
+    changed for it, or because they mention the person; `letters`, `replies`, `statuses` and `sessions` that
+    are gone; `mentions` elsewhere that were redacted; `archives` that were written again; `set_aside` files
+    of the spool that were removed; `spooled` files that held something of the person and were emptied into
+    the journal.
+    """
+
+    names: int = 0
+    items: int = 0
+    bodies: int = 0
+    letters: int = 0
+    replies: int = 0
+    statuses: int = 0
+    sessions: int = 0
+    mentions: int = 0
+    spooled: int = 0
+    set_aside: int = 0
+    archives: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(slots=True)
+class _Rest:
+    """What is neither items nor bodies."""
+
+    replies: list[int] = field(default_factory=list)
+    letters: list[Any] = field(default_factory=list)
+    statuses: list[tuple[str, str]] = field(default_factory=list)
+    sessions: int = 0
+    being_delivered: int = 0
+    redactions: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
+
+
+class Eraser:
+    """`within`: seconds to wait for what is under way with the person."""
+
+    def __init__(
+        self,
+        operations: Operations,
+        *,
+        actor: str,
+        within: float,
+        clock: Callable[[], datetime] = utc_now,
+        report: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._operations = operations
+        self._spool = operations.config.data_dir / "spool"
+        self._actor = actor
+        self._within = within
+        self._clock = clock
+        self._report = report
+        self._deadline = 0.0
+
+    async def look(self, name: str) -> Erasure:
+        """What there is of the person. Changes nothing. Raises ArchiveError, JournalUnavailable."""
+        redaction, keys = await self._person(name)
+        told = Erasure(names=len(redaction.names))
+        told.spooled = len(await _in_thread(lambda: remains.waiting(self._spool, redaction.may_concern)))
+        told.set_aside = len(await _in_thread(lambda: remains.set_aside(self._spool, redaction.may_concern)))
+        archives = await self._archives()
+        paths = await _in_thread(lambda: _paths(archives, redaction))
+        await self._erase_live(redaction, keys, paths, told, since=0, dry_run=True)
+        for archive in archives:
+            await _in_thread(partial(archive.look, redaction, paths, told))
+        rest = await self._rest(redaction, keys)
+        _count(rest, told)
+        return told
+
+    async def erase(self, name: str) -> Erasure:
+        """Take the person out of everything.
+
+        Raises:
+            CannotErase: something is in the way; doing it again goes on.
+            ArchiveError, JournalUnavailable, SpoolUnavailable: likewise.
+        """
+        self._deadline = trio.current_time() + self._within
+        await self._run(lambda c: c.execute(_SQL["hold_archives"], timeout=_LONG))
+        redaction, keys = await self._person(name)
+        await self._require_whole_archives()
+        # First of all: what is taken in from now on and is older is stored without its content.
+        await self._fetch("bury", self._clock(), sorted(redaction.names))
+        told = Erasure()
+        await self._empty_spool(redaction, told)
+        redaction, keys = await self._person(name)  # also what the spool knew
+        told.names = len(redaction.names)
+
+        archives = await self._archives()
+        paths = await _in_thread(lambda: _paths(archives, redaction))
+        marks = await self._erase_live(redaction, keys, paths, told, since=0)
+        for archive in archives:
+            await self._erase_archived(archive, redaction, paths, told)
+        while True:
+            rest = await self._rest(redaction, keys)
+            if not rest.being_delivered:
+                for statement, arguments in rest.redactions:
+                    await self._fetch(statement, *arguments)
+                so_far = Erasure(**told.as_dict())
+                _count(rest, so_far)
+                if await self._forget(redaction, keys, marks, rest, so_far):
+                    return so_far
+            await self._wait(rest.being_delivered or 1)
+            marks = await self._erase_live(redaction, keys, paths, told, since=marks[0])
+
+    async def _run(self, work: Callable[[asyncpg.Connection], Awaitable[T]]) -> T:
+        return await self._operations.run(work)
+
+    async def _fetch(self, statement: str, *arguments: Any) -> list[Any]:
+        found: list[Any] = await self._run(lambda c: c.fetch(_SQL[statement], *arguments, timeout=_LONG))
+        return found
+
+    async def _wait(self, count: int) -> None:
+        if trio.current_time() >= self._deadline:
+            raise CannotErase(
+                f"{count} message(s) of the person are under way; let the router finish them, or start it, "
+                "and erase again"
+            )
+        await trio.sleep(_LOOK_AGAIN)
+
+    async def _person(self, name: str) -> tuple[Redaction, list[str]]:
+        """By all names, and the keys of all conversations."""
+        names, keys, numbers = {name}, set[str](), set[str]()
+        while True:
+            before = len(names), len(keys)
+            for row in await self._fetch("known_by", sorted(names), sorted(keys)):
+                names |= {row["name"], row["session_key"].partition(":")[2]}
+                keys.add(row["session_key"])
+                numbers.add(row["phone_number_id"])
+            # Before two conversations were joined, each had a key of its own.
+            keys |= {f"{number}:{one}" for number in numbers for one in names}
+            if (len(names), len(keys)) == before:
+                return Redaction(names), sorted(keys)
+
+    # The spool
+
+    async def _empty_spool(self, redaction: Redaction, told: Erasure) -> None:
+        """What nobody has is journaled here and now; a process that runs does so with its own."""
+        found = await _in_thread(lambda: remains.waiting(self._spool, redaction.may_concern))
+        told.spooled = len(found)
+        if found:
+            await self._operations.adopt_spool(self._report)
+        while found := await _in_thread(lambda: remains.waiting(self._spool, redaction.may_concern)):
+            if trio.current_time() >= self._deadline:
+                raise CannotErase(
+                    f"{len(found)} file(s) of the spool hold something of the person, as {found[0]}; they "
+                    "are emptied when a router with this data directory reaches its database; erase again"
+                )
+            await trio.sleep(_LOOK_AGAIN)
+        for path in await _in_thread(lambda: remains.set_aside(self._spool, redaction.may_concern)):
+            path.unlink(missing_ok=True)
+            self._report(f"removed {path}")
+            told.set_aside += 1
+
+    # Tables
+
+    async def _erase_live(
+        self,
+        redaction: Redaction,
+        keys: Sequence[str],
+        paths: Mapping[int, set[str]],
+        told: Erasure,
+        *,
+        since: int,
+        dry_run: bool = False,
+    ) -> tuple[int, int]:
+        """Items and bodies from the event `since` on. Returns the next event and seq after what was seen."""
+        marks = (await self._fetch("marks"))[0]
+        end: tuple[int, int] = (marks["next_event"], marks["next_seq"])
+        events = await self._fetch("events", since, end[0], redaction.suspicious, sorted(paths))
+        items = await self._fetch("items", [row["event_id"] for row in events], list(keys), end[1])
+        by_event: dict[int, dict[str, Any]] = {row["event_id"]: {} for row in events}
+        known = {event: set(found) for event, found in paths.items()}
+        for row in items:
+            by_event.setdefault(row["event_id"], {})[row["path"]] = row
+            if row["own"]:
+                known.setdefault(row["event_id"], set()).add(row["path"])
+        for page in _pages(sorted(by_event), _PAGE):
+            bodies = await self._fetch("bodies", page)
+            redacted = await _in_thread(partial(_redacted_bodies, redaction, bodies, known))
+            gone = {event: set(known.get(event, ())) for event in page}
+            for row, changed in redacted:
+                gone[row["event_id"]] |= changed.paths
+            erased = [
+                by_event[e][path]
+                for e, found in gone.items()
+                for path in sorted(found)
+                if path in by_event[e]
+            ]
+            told.items += len(erased)
+            told.bodies += len(redacted)
+            while not dry_run and (erased or redacted):
+                under_way = (
+                    await self._fetch(
+                        "erase_items",
+                        [row["seq"] for row in erased],
+                        [row["received_at"] for row in erased],
+                        [row["event_id"] for row, _ in redacted],
+                        [row["received_at"] for row, _ in redacted],
+                        [changed.body for _, changed in redacted],
+                    )
+                )[0][0]
+                if under_way is None:
+                    break
+                await self._wait(len(under_way))
+        return end
+
+    async def _rest(self, redaction: Redaction, keys: list[str]) -> _Rest:
+        rest = _Rest()
+        names, needles = sorted(redaction.names), [needle.decode() for needle in redaction.needles]
+        for row in await self._fetch("replies", keys, names, needles):
+            if row["own"]:
+                rest.replies.append(row["id"])
+                if row["message_id"] is not None:
+                    rest.statuses.append((row["phone_number_id"], row["message_id"]))
+            elif (redactions := _redacted(redaction, row)) is not None:
+                rest.redactions.append(("redact_reply", (row["id"], *redactions)))
+        for row in await self._fetch("letters", keys, names, needles):
+            if row["own"]:
+                rest.letters.append(row["id"])
+                rest.being_delivered += row["status"] == "processing"
+            elif (redactions := _redacted(redaction, row)) is not None:
+                rest.redactions.append(("redact_letter", (row["id"], *redactions)))
+        for row in await self._fetch("statuses", needles):
+            if redaction.text(row["message_id"]) != row["message_id"]:
+                rest.statuses.append((row["phone_number_id"], row["message_id"]))
+        for row in await self._fetch("sessions", keys, needles):
+            if row["own"]:
+                rest.sessions += 1
+                continue
+            state = parse(row["state"].encode())
+            if (cleaned := redaction.part(state)) != state:
+                rest.redactions.append(
+                    ("redact_session", (row["session_key"], row["version"], storable(cleaned)))
+                )
+        return rest
+
+    async def _forget(
+        self, redaction: Redaction, keys: list[str], marks: tuple[int, int], rest: _Rest, told: Erasure
+    ) -> bool:
+        forgotten: bool = (
+            await self._fetch(
+                "forget",
+                self._clock(),
+                sorted(redaction.names),
+                keys,
+                redaction.suspicious,
+                *marks,
+                rest.replies,
+                rest.letters,
+                [number for number, _ in rest.statuses],
+                [message_id for _, message_id in rest.statuses],
+                self._actor,
+                storable(told.as_dict()),
+            )
+        )[0][0]
+        return forgotten
+
+    # Archives
+
+    async def _require_whole_archives(self) -> None:
+        unfinished = [row["name"] for row in await self._fetch("unfinished_archives")]
+        if unfinished:
+            raise CannotErase(
+                f"the archive {unfinished[0]} is being made; erase again when "
+                "`postroom jobs run archive-partitions` has ended"
+            )
+
+    async def _archives(self) -> list[_Archived]:
+        return [_Archived(row) for row in await self._operations.archives() if row["state"] == "archived"]
+
+    async def _erase_archived(
+        self, archive: _Archived, redaction: Redaction, paths: Mapping[int, set[str]], told: Erasure
+    ) -> None:
+        cleaning = await _in_thread(lambda: archive.look(redaction, paths, told))
+        tables = await _in_thread(lambda: archive.write_again(cleaning))
+        if tables is None:
+            return
+        seqs = sorted(cleaning.items)
+        while not (
+            await self._fetch(
+                "erase_archived",
+                archive.name,
+                orjson.dumps({table: one.as_json() for table, one in tables.items()}).decode(),
+                seqs,
+                [cleaning.items[seq] for seq in seqs],
+                [cleaning.outcomes.get(seq) for seq in seqs],
+            )
+        )[0][0]:
+            await self._wait(1)
+        await _in_thread(lambda: archive.replace(tables))
+
+
+class _Archived:
+    """An archive that is whole. What the database says of it is the truth, also where the manifest says else:
+    that is of before, by one that stood still, or was stopped before it came to it."""
+
+    def __init__(self, row: Mapping[str, Any]) -> None:
+        self.name: str = row["name"]
+        self._row = row
+        self.files = ArchiveFiles(row["location"])
+        self.tables = {table: WrittenTable.of(one) for table, one in row["tables"].items()}
+
+    def look(self, redaction: Redaction, paths: Mapping[int, set[str]], told: Erasure) -> Cleaning:
+        """What of it is the person's, counted in `told`."""
+        if self.files.tables(self.name) != self.tables:
+            self.replace(self.tables)
+        cleaning = Cleaning(self.files, self.name, self.tables, redaction, paths)
+        if cleaning.touched():
+            told.archives.append(self.name)
+        told.items += len(cleaning.items)
+        told.bodies += len(cleaning.bodies)
+        told.replies += cleaning.replies
+        return cleaning
+
+    def write_again(self, cleaning: Cleaning) -> dict[str, WrittenTable] | None:
+        """New files, read back, beside the old ones; None: nothing of it is the person's."""
+        tables = dict(self.tables)
+        for table in cleaning.touched():
+            columns = self.tables[table].columns
+            writer = self.files.open_table(self.name, table, columns)
+            try:
+                for page in cleaning.rows(table):
+                    if page:
+                        writer.add(page)
+                told = self.files.end_table(self.name, columns, writer)
+                for _ in self.files.rows(self.name, table, told):
+                    pass
+            except BaseException:
+                self.files.abandon_table(self.name, writer)
+                raise
+            tables[table] = told
+        return tables if cleaning.touched() else None
+
+    def replace(self, tables: Mapping[str, WrittenTable]) -> None:
+        """The manifest names these files; all others go."""
+        row = self._row
+        written = {table: one.as_json() for table, one in tables.items()}
+        self.files.write_manifest(
+            self.name, manifest_of(self.name, row["kind"], row["from_at"], row["until_at"], written)
+        )
+        self.files.tidy(self.name)
+
+
+def _redacted_bodies(
+    redaction: Redaction, bodies: Iterable[Any], known: Mapping[int, set[str]]
+) -> list[tuple[Any, Redacted]]:
+    """Those that are not the same without the person."""
+    found = [(row, redaction.body(row["body"], known.get(row["event_id"], ()))) for row in bodies]
+    return [(row, redacted) for row, redacted in found if redacted is not None]
+
+
+def _paths(archives: Iterable[_Archived], redaction: Redaction) -> dict[int, set[str]]:
+    paths: dict[int, set[str]] = {}
+    for archive in archives:
+        for event, found in items_of(archive.files, archive.name, archive.tables, redaction.names).items():
+            paths.setdefault(event, set()).update(found)
+    return paths
+
+
+def _redacted(redaction: Redaction, row: Mapping[str, Any]) -> tuple[str, str | None] | None:
+    """payload and error_message without the person, of a row that is somebody else's; None: they are."""
+    payload, error = parse(row["payload"].encode()), row["error_message"]
+    cleaned, said = redaction.part(payload), None if error is None else redaction.text(error)
+    return None if (cleaned, said) == (payload, error) else (storable(cleaned), said)
+
+
+def _count(rest: _Rest, told: Erasure) -> None:
+    told.replies += len(rest.replies)
+    told.letters += len(rest.letters)
+    told.statuses += len(rest.statuses)
+    told.sessions += rest.sessions
+    told.mentions += len(rest.redactions)
+
+
+def _pages(values: Sequence[T], size: int) -> Iterator[list[T]]:
+    for start in range(0, len(values), size):
+        yield list(values[start : start + size])
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    return await trio.to_thread.run_sync(work)
