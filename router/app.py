@@ -16,7 +16,7 @@ from actors.breaker import Breaker, BreakerState
 from actors.errors import JournalUnavailable, SpoolUnavailable
 from actors.ingress import Ingress, IngressStatistics
 from actors.kernel import Address, ChildSpec, Strategy, Supervisor
-from actors.messages import Delivery, Envelope
+from actors.messages import Delivery, Envelope, Spooled
 from actors.outbound import OutboundStatistics
 from actors.owner import Owner
 from actors.ports import Clock
@@ -482,7 +482,8 @@ async def adopt_spool(
     """Journal what ended processes left in the spool, as the next router would at its start.
 
     Raises:
-        JournalUnavailable, SpoolUnavailable: it stays there.
+        JournalUnavailable, SpoolUnavailable: it stays there, also where it is of an app that the
+            configuration does not have.
     """
     spool = SpoolDirectory(
         config.data_dir / "spool",
@@ -492,10 +493,19 @@ async def adopt_spool(
     await spool.open()
     try:
         async with operators_ingress(config, bridge, dsn) as (ingress, webhooks):
+
+            def split(spooled: Spooled) -> Delivery | None:
+                if webhooks.splitter_of(spooled.app) is None:
+                    raise SpoolUnavailable(
+                        f"the spool has bodies of app {spooled.app!r}, which the configuration does not have "
+                        "with its secret; add it, or set the variable that has the secret"
+                    )
+                return webhooks.split_again(spooled)
+
             unspooler = Unspooler(
                 spool,
                 ingress,
-                split=webhooks.split_again,
+                split=split,
                 on_trouble=lambda error: None,
                 on_emptied=lambda count: None,
             )

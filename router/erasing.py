@@ -74,7 +74,8 @@ class _Rest:
 
 
 class Eraser:
-    """`within`: seconds to wait for what is under way with the person."""
+    """`within`: seconds to wait for what is under way with the person. `on_step` is told before each step
+    that changes something: a fault port."""
 
     def __init__(
         self,
@@ -84,13 +85,16 @@ class Eraser:
         within: float,
         clock: Callable[[], datetime] = utc_now,
         report: Callable[[str], None] = lambda line: None,
+        on_step: Callable[[str], None] = lambda step: None,
     ) -> None:
         self._operations = operations
+        self._config = operations.config
         self._spool = operations.config.data_dir / "spool"
         self._actor = actor
         self._within = within
         self._clock = clock
         self._report = report
+        self._on_step = on_step
         self._deadline = 0.0
 
     async def look(self, name: str) -> Erasure:
@@ -120,14 +124,17 @@ class Eraser:
         redaction, keys = await self._person(name)
         await self._require_whole_archives()
         # First of all: what is taken in from now on and is older is stored without its content.
+        self._on_step("bury")
         await self._fetch("bury", self._clock(), sorted(redaction.names))
         told = Erasure()
+        self._on_step("empty spool")
         await self._empty_spool(redaction, told)
         redaction, keys = await self._person(name)  # also what the spool knew
         told.names = len(redaction.names)
 
         archives = await self._archives()
         paths = await _in_thread(lambda: _paths(archives, redaction))
+        _count(await self._rest(redaction, keys), told)
         marks = await self._erase_live(redaction, keys, paths, told, since=0)
         for archive in archives:
             await self._erase_archived(archive, redaction, paths, told)
@@ -136,10 +143,9 @@ class Eraser:
             if not rest.being_delivered:
                 for statement, arguments in rest.redactions:
                     await self._fetch(statement, *arguments)
-                so_far = Erasure(**told.as_dict())
-                _count(rest, so_far)
-                if await self._forget(redaction, keys, marks, rest, so_far):
-                    return so_far
+                self._on_step("forget")
+                if await self._forget(redaction, keys, marks, rest, told):
+                    return told
             await self._wait(rest.being_delivered or 1)
             marks = await self._erase_live(redaction, keys, paths, told, since=marks[0])
 
@@ -229,6 +235,8 @@ class Eraser:
             ]
             told.items += len(erased)
             told.bodies += len(redacted)
+            if not dry_run:
+                self._on_step("erase items")
             while not dry_run and (erased or redacted):
                 under_way = (
                     await self._fetch(
@@ -307,16 +315,22 @@ class Eraser:
             )
 
     async def _archives(self) -> list[_Archived]:
-        return [_Archived(row) for row in await self._operations.archives() if row["state"] == "archived"]
+        return [
+            _Archived(row, self._config.archive_location)
+            for row in await self._operations.archives()
+            if row["state"] == "archived"
+        ]
 
     async def _erase_archived(
         self, archive: _Archived, redaction: Redaction, paths: Mapping[int, set[str]], told: Erasure
     ) -> None:
         cleaning = await _in_thread(lambda: archive.look(redaction, paths, told))
+        self._on_step("write archive")
         tables = await _in_thread(lambda: archive.write_again(cleaning))
         if tables is None:
             return
         seqs = sorted(cleaning.items)
+        self._on_step("count archive")
         while not (
             await self._fetch(
                 "erase_archived",
@@ -328,6 +342,7 @@ class Eraser:
             )
         )[0][0]:
             await self._wait(1)
+        self._on_step("replace archive")
         await _in_thread(lambda: archive.replace(tables))
 
 
@@ -335,10 +350,12 @@ class _Archived:
     """An archive that is whole. What the database says of it is the truth, also where the manifest says else:
     that is of before, by one that stood still, or was stopped before it came to it."""
 
-    def __init__(self, row: Mapping[str, Any]) -> None:
+    def __init__(self, row: Mapping[str, Any], configured: str) -> None:
         self.name: str = row["name"]
         self._row = row
-        self.files = ArchiveFiles(row["location"])
+        location: str = row["location"]
+        # One that was relative to the directory of whoever wrote it says nothing here.
+        self.files = ArchiveFiles(location if location.startswith("/") or "://" in location else configured)
         self.tables = {table: WrittenTable.of(one) for table, one in row["tables"].items()}
 
     def look(self, redaction: Redaction, paths: Mapping[int, set[str]], told: Erasure) -> Cleaning:

@@ -106,7 +106,7 @@ class ArchiveFiles:
     """All archives of one router. `location`: a directory, or a URI that pyarrow has a file system for."""
 
     def __init__(self, location: str) -> None:
-        self.location = location
+        self.location = location if "://" in location else str(Path(location).absolute())
         self._local = "://" not in location or location.startswith("file://")
         self._opened: tuple[pafs.FileSystem, str] | None = None
 
@@ -116,7 +116,7 @@ class ArchiveFiles:
                 if "://" in self.location:
                     self._opened = pafs.FileSystem.from_uri(self.location)
                 else:
-                    self._opened = (pafs.LocalFileSystem(), str(Path(self.location).absolute()))
+                    self._opened = (pafs.LocalFileSystem(), self.location)
             except (OSError, ValueError, NotImplementedError) as error:
                 raise ArchiveError(f"archives cannot be kept at {self.location}: {error}") from error
         system, root = self._opened

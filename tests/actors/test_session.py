@@ -275,6 +275,22 @@ async def test_a_session_without_a_change_keeps_its_version(autojump_clock: Cloc
     assert one == two
 
 
+async def test_after_an_erasure_a_session_is_what_the_journal_has(
+    autojump_clock: Clock,
+) -> None:
+    rig = Rig()
+    async with rig.running():
+        rig.say("rides:1", "rides:2")
+        await rig.finish()
+        [key] = rig.journal.sessions
+        del rig.journal.sessions[key]
+        rig.erasures += 1
+        rig.say("exit", "rides:3")
+        await rig.finish()
+    seen = [(text, session.active_service) for text, session in rig.routes.sessions]
+    assert seen == [("rides:1", None), ("rides:2", "rides"), ("exit", None), ("rides:3", None)]
+
+
 # Deferral
 
 
