@@ -196,7 +196,7 @@ BEGIN
     RETURN true;
 END $$;
 
--- As in 0008, and not while a person is being taken out of archives: who does that holds (7305, 5).
+-- As in 0008, and not while a person is being taken out of archives: who does that holds (7305, 6).
 CREATE OR REPLACE FUNCTION postroom_next_archive(p_epoch bigint, p_now timestamptz, p_before timestamptz)
 RETURNS SETOF postroom_archives LANGUAGE plpgsql AS $$
 DECLARE
@@ -206,7 +206,7 @@ DECLARE
     chosen text;
 BEGIN
     PERFORM postroom_require_epoch(p_epoch);
-    IF NOT pg_try_advisory_xact_lock_shared(7305, 5) THEN
+    IF NOT pg_try_advisory_xact_lock_shared(7305, 6) THEN
         RETURN;
     END IF;
     SELECT a.name INTO chosen FROM postroom_archives a WHERE a.state <> 'archived' ORDER BY a.from_at LIMIT 1;

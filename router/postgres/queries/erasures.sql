@@ -3,7 +3,7 @@ SELECT name, session_key, phone_number_id FROM session_names WHERE name = ANY ($
 
 -- name: hold_archives
 -- No archive is begun while this session is there.
-SELECT pg_advisory_lock(7305, 5);
+SELECT pg_advisory_lock(7305, 6);
 
 -- name: unfinished_archives
 SELECT name FROM postroom_archives WHERE state <> 'archived' ORDER BY name;

@@ -444,6 +444,6 @@ async def test_no_archive_is_begun_while_somebody_is_erased(world: World) -> Non
         await world.completed(one)
     world.clock.now += 6 * WEEK
     async with world.database.connection() as connection:
-        await world.database.bridge.run(lambda: connection.execute("SELECT pg_advisory_lock(7305, 5)"))
+        await world.database.bridge.run(lambda: connection.execute("SELECT pg_advisory_lock(7305, 6)"))
         assert await world.archive() == []
     assert "whatsapp_messages_y2026w10" in await world.archive()
