@@ -15,6 +15,11 @@ COMMENT ON TABLE postroom_erasures IS
     'Hashes of the names of erased persons (postroom_subject_hash): what they sent until then is not taken in again';
 SELECT postroom_protect('postroom_erasures', 'r', 'r', '');
 
+-- Items of an event: they stand in the order of events, so that a summary of the pages is enough, which costs next to
+-- nothing.
+CREATE INDEX whatsapp_messages_items_event_id ON whatsapp_messages_items
+ USING brin (event_id) WITH (pages_per_range = 32, autosummarize = on);
+
 -- A flush with items of erased persons: they are counted as such.
 CREATE FUNCTION postroom_append_erased(
     p_writer uuid, p_flush bigint, p_now timestamptz, p_notify boolean,

@@ -13,9 +13,6 @@ from router.archive.files import ArchiveFiles, WrittenTable
 from router.channels.redaction import Redacted, Redaction
 from router.json_text import parse, storable
 
-Paths = Mapping[int, set[str]]
-"""By event: the paths of items that are known to be the person's."""
-
 
 class Cleaning:
     """One archive. `until`: what was received later is left as it is; None: all of it is looked at. Made by
@@ -31,7 +28,6 @@ class Cleaning:
         name: str,
         tables: Mapping[str, WrittenTable],
         redaction: Redaction,
-        paths: Paths,
         *,
         until: datetime | None = None,
     ) -> None:
@@ -48,7 +44,7 @@ class Cleaning:
         """By seq: how they had ended."""
         self._replies: dict[int, Row | None] = {}
         self._subjects = 0
-        self._look(paths)
+        self._look()
 
     @property
     def replies(self) -> int:
@@ -82,24 +78,20 @@ class Cleaning:
         }
         return {table: change for table, change in changes.items() if table in self._tables}
 
-    def _look(self, paths: Paths) -> None:
+    def _look(self) -> None:
         redaction = self._redaction
         for table in ("bodies", "events"):
             for columns, row in self._all(table):
-                event = columns.of(row, "event_id")
                 body = columns.of(row, "body")
-                known = paths.get(event, set())
-                if (known or redaction.may_concern(body)) and self._is_meant(columns.of(row, "received_at")):
-                    redacted = redaction.body(body, known)
+                if redaction.may_concern(body) and self._is_meant(columns.of(row, "received_at")):
+                    redacted = redaction.body(body)
                     if redacted is not None:
-                        self.bodies[event] = redacted
-        for columns, row in self._all("items"):
-            event, path = columns.of(row, "event_id"), columns.of(row, "path")
-            redacted = self.bodies.get(event)
-            if (path in paths.get(event, ()) or (redacted is not None and path in redacted.paths)) and (
-                self._is_meant(columns.of(row, "received_at")) and columns.of(row, "bucket") != "erased"
-            ):
-                self.items[columns.of(row, "seq")] = columns.of(row, "bucket")
+                        self.bodies[columns.of(row, "event_id")] = redacted
+        for columns, row in self._all("items") if self.bodies else ():
+            redacted = self.bodies.get(columns.of(row, "event_id"))
+            bucket = columns.of(row, "bucket")
+            if redacted is not None and columns.of(row, "path") in redacted.paths and bucket != "erased":
+                self.items[columns.of(row, "seq")] = bucket
         for columns, row in self._all("outcomes") if self.items else ():
             if columns.of(row, "seq") in self.items:
                 self.outcomes[columns.of(row, "seq")] = columns.of(row, "outcome")
@@ -168,20 +160,6 @@ class _Columns:
             if name in self._places:
                 changed[self._places[name]] = value
         return tuple(changed)
-
-
-def items_of(
-    files: ArchiveFiles, name: str, tables: Mapping[str, WrittenTable], names: frozenset[str]
-) -> dict[int, set[str]]:
-    """By event: the paths of the items in conversations with the person. Blocks. Raises ArchiveError."""
-    found: dict[int, set[str]] = {}
-    if "items" in tables:
-        columns = _Columns(tables["items"].columns)
-        for page in files.rows(name, "items", tables["items"]):
-            for row in page:
-                if _is_key_of(columns.of(row, "session_key"), names):
-                    found.setdefault(columns.of(row, "event_id"), set()).add(columns.of(row, "path"))
-    return found
 
 
 def _is_key_of(session_key: str | None, names: frozenset[str]) -> bool:

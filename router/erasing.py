@@ -17,7 +17,7 @@ import trio
 from router.archive.files import ArchiveFiles, WrittenTable
 from router.archiving import manifest_of
 from router.channels.redaction import Redacted, Redaction
-from router.cleaning import Cleaning, items_of
+from router.cleaning import Cleaning
 from router.clock import utc_now
 from router.json_text import parse, storable
 from router.operations import Operations
@@ -104,10 +104,9 @@ class Eraser:
         told.spooled = len(await _in_thread(lambda: remains.waiting(self._spool, redaction.may_concern)))
         told.set_aside = len(await _in_thread(lambda: remains.set_aside(self._spool, redaction.may_concern)))
         archives = await self._archives()
-        paths = await _in_thread(lambda: _paths(archives, redaction))
-        await self._erase_live(redaction, keys, paths, told, since=0, dry_run=True)
+        await self._erase_live(redaction, told, since=0, dry_run=True)
         for archive in archives:
-            await _in_thread(partial(archive.look, redaction, paths, told))
+            await _in_thread(partial(archive.look, redaction, told))
         rest = await self._rest(redaction, keys)
         _count(rest, told)
         return told
@@ -133,11 +132,10 @@ class Eraser:
         told.names = len(redaction.names)
 
         archives = await self._archives()
-        paths = await _in_thread(lambda: _paths(archives, redaction))
         _count(await self._rest(redaction, keys), told)
-        marks = await self._erase_live(redaction, keys, paths, told, since=0)
+        marks = await self._erase_live(redaction, told, since=0)
         for archive in archives:
-            await self._erase_archived(archive, redaction, paths, told)
+            await self._erase_archived(archive, redaction, told)
         while True:
             rest = await self._rest(redaction, keys)
             if not rest.being_delivered:
@@ -147,7 +145,7 @@ class Eraser:
                 if await self._forget(redaction, keys, marks, rest, told):
                     return told
             await self._wait(rest.being_delivered or 1)
-            marks = await self._erase_live(redaction, keys, paths, told, since=marks[0])
+            marks = await self._erase_live(redaction, told, since=marks[0])
 
     async def _run(self, work: Callable[[asyncpg.Connection], Awaitable[T]]) -> T:
         return await self._operations.run(work)
@@ -203,8 +201,6 @@ class Eraser:
     async def _erase_live(
         self,
         redaction: Redaction,
-        keys: Sequence[str],
-        paths: Mapping[int, set[str]],
         told: Erasure,
         *,
         since: int,
@@ -213,25 +209,15 @@ class Eraser:
         """Items and bodies from the event `since` on. Returns the next event and seq after what was seen."""
         marks = (await self._fetch("marks"))[0]
         end: tuple[int, int] = (marks["next_event"], marks["next_seq"])
-        events = await self._fetch("events", since, end[0], redaction.suspicious, sorted(paths))
-        items = await self._fetch("items", [row["event_id"] for row in events], list(keys), end[1])
-        by_event: dict[int, dict[str, Any]] = {row["event_id"]: {} for row in events}
-        known = {event: set(found) for event, found in paths.items()}
-        for row in items:
-            by_event.setdefault(row["event_id"], {})[row["path"]] = row
-            if row["own"]:
-                known.setdefault(row["event_id"], set()).add(row["path"])
-        for page in _pages(sorted(by_event), _PAGE):
+        concerned = await self._fetch("events", since, end[0], redaction.suspicious)
+        for page in _pages([row["event_id"] for row in concerned], _PAGE):
             bodies = await self._fetch("bodies", page)
-            redacted = await _in_thread(partial(_redacted_bodies, redaction, bodies, known))
-            gone = {event: set(known.get(event, ())) for event in page}
-            for row, changed in redacted:
-                gone[row["event_id"]] |= changed.paths
+            redacted = await _in_thread(partial(_redacted_bodies, redaction, bodies))
+            paths = {row["event_id"]: changed.paths for row, changed in redacted}
             erased = [
-                by_event[e][path]
-                for e, found in gone.items()
-                for path in sorted(found)
-                if path in by_event[e]
+                row
+                for row in await self._fetch("items", list(paths))
+                if row["path"] in paths[row["event_id"]]
             ]
             told.items += len(erased)
             told.bodies += len(redacted)
@@ -321,10 +307,8 @@ class Eraser:
             if row["state"] == "archived"
         ]
 
-    async def _erase_archived(
-        self, archive: _Archived, redaction: Redaction, paths: Mapping[int, set[str]], told: Erasure
-    ) -> None:
-        cleaning = await _in_thread(lambda: archive.look(redaction, paths, told))
+    async def _erase_archived(self, archive: _Archived, redaction: Redaction, told: Erasure) -> None:
+        cleaning = await _in_thread(lambda: archive.look(redaction, told))
         self._on_step("write archive")
         tables = await _in_thread(lambda: archive.write_again(cleaning))
         if tables is None:
@@ -358,11 +342,11 @@ class _Archived:
         self.files = ArchiveFiles(location if location.startswith("/") or "://" in location else configured)
         self.tables = {table: WrittenTable.of(one) for table, one in row["tables"].items()}
 
-    def look(self, redaction: Redaction, paths: Mapping[int, set[str]], told: Erasure) -> Cleaning:
+    def look(self, redaction: Redaction, told: Erasure) -> Cleaning:
         """What of it is the person's, counted in `told`."""
         if self.files.tables(self.name) != self.tables:
             self.replace(self.tables)
-        cleaning = Cleaning(self.files, self.name, self.tables, redaction, paths)
+        cleaning = Cleaning(self.files, self.name, self.tables, redaction)
         if cleaning.touched():
             told.archives.append(self.name)
         told.items += len(cleaning.items)
@@ -399,20 +383,10 @@ class _Archived:
         self.files.tidy(self.name)
 
 
-def _redacted_bodies(
-    redaction: Redaction, bodies: Iterable[Any], known: Mapping[int, set[str]]
-) -> list[tuple[Any, Redacted]]:
+def _redacted_bodies(redaction: Redaction, bodies: Iterable[Any]) -> list[tuple[Any, Redacted]]:
     """Those that are not the same without the person."""
-    found = [(row, redaction.body(row["body"], known.get(row["event_id"], ()))) for row in bodies]
+    found = [(row, redaction.body(row["body"])) for row in bodies]
     return [(row, redacted) for row, redacted in found if redacted is not None]
-
-
-def _paths(archives: Iterable[_Archived], redaction: Redaction) -> dict[int, set[str]]:
-    paths: dict[int, set[str]] = {}
-    for archive in archives:
-        for event, found in items_of(archive.files, archive.name, archive.tables, redaction.names).items():
-            paths.setdefault(event, set()).update(found)
-    return paths
 
 
 def _redacted(redaction: Redaction, row: Mapping[str, Any]) -> tuple[str, str | None] | None:

@@ -13,7 +13,7 @@ from router.archive.columns import Row
 from router.archive.files import ArchiveError, ArchiveFiles, WrittenTable, next_page
 from router.channels import bodies
 from router.channels.redaction import Redaction
-from router.cleaning import Cleaning, items_of
+from router.cleaning import Cleaning
 from router.json_text import parse
 from router.operations import Operations
 from router.postgres.archives import already_restored, make_restored, other_names
@@ -80,8 +80,7 @@ async def _erased_since(operations: Operations, files: ArchiveFiles, name: str) 
                     erased[subject] = at
         if not erased:
             return None
-        paths = items_of(files, name, tables, frozenset(erased))
-        return Cleaning(files, name, tables, Redaction(erased), paths, until=max(erased.values()))
+        return Cleaning(files, name, tables, Redaction(erased), until=max(erased.values()))
 
     return await trio.to_thread.run_sync(look)
 

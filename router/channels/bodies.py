@@ -47,6 +47,24 @@ def sender(message: Mapping[str, Any], contact: Mapping[str, Any] | None) -> tup
     return wa_id, user_id
 
 
+def items_of(document: Any, names: frozenset[str]) -> list[str]:
+    """The paths of the messages whose sender has one of these names, also where only the contact says so."""
+    found = []
+    entries = document.get("entry") if isinstance(document, dict) else None
+    for e, entry in enumerate(entries if isinstance(entries, list) else ()):
+        changes = entry.get("changes") if isinstance(entry, dict) else None
+        for c, change in enumerate(changes if isinstance(changes, list) else ()):
+            value = change.get("value") if isinstance(change, dict) else None
+            if isinstance(value, dict) and isinstance(value.get("messages"), list):
+                contacts = Contacts(value.get("contacts"))
+                for m, message in enumerate(value["messages"]):
+                    if isinstance(message, dict) and not names.isdisjoint(
+                        sender(message, contacts.of(message))
+                    ):
+                        found.append(f"{e}.{c}.m{m}")
+    return found
+
+
 def people(part: Any) -> set[str]:
     """What the persons are known by that a body, or a part of one, is of or about."""
     found: set[str] = set()

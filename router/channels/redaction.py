@@ -7,12 +7,12 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
-from router.channels.bodies import ERASED, named_by, without
+from router.channels.bodies import ERASED, items_of, named_by, without
 from router.json_text import encode, parse
 
 MIN_NAME: Final = 5
@@ -56,20 +56,14 @@ class Redaction:
         """Whether this JSON may name the person; false says that it does not."""
         return any(needle in body for needle in self.suspicious)
 
-    def body(self, body: bytes, paths: Collection[str] = ()) -> Redacted | None:
-        """A stored body without the person, and without the items at these paths; None: it has neither."""
+    def body(self, body: bytes) -> Redacted | None:
+        """A stored body without the person; None: it does not name them."""
         try:
             document = parse(body)
         except ValueError:
-            gone = "" in paths or self.mentions(body)
-            return Redacted(encode(ERASED), frozenset({""})) if gone else None
-        before = encode(document)
-        after = document
-        for path in paths:
-            with suppress(LookupError, TypeError, ValueError):  # what stands elsewhere than it should
-                after = without(after, [path])
-        after = self.part(after)
-        if encode(after) == before:
+            return Redacted(encode(ERASED), frozenset({""})) if self.mentions(body) else None
+        after = self.part(without(document, items_of(document, self.names)))
+        if encode(after) == encode(document):
             return None
         if not isinstance(document, dict) or not isinstance(document.get("entry"), list):
             return Redacted(encode(ERASED), frozenset({""}))  # one item, whatever it is

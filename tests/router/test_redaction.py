@@ -143,12 +143,14 @@ def test_a_name_inside_base64_is_found_wherever_it_begins(before: int) -> None:
     assert REDACTION.text(longer) == longer
 
 
-def test_what_is_known_to_be_theirs_is_gone_though_it_names_nobody() -> None:
-    redacted = REDACTION.body(body(said(OTHER, "a"), said(OTHER, "b")), {"0.0.m1"})
-    assert redacted is not None
-    assert redacted.paths == {"0.0.m1"}
-    assert REDACTION.body(redacted.body, {"0.0.m1"}) is None
-    assert REDACTION.body(redacted.body, {"7.7.m7", "x", "0.0.m"}) is None
+def test_a_message_is_theirs_also_where_only_its_contact_says_so() -> None:
+    message = {**said(OTHER, SECRET, user_id="RW.2"), "id": "wamid.QQ=="}
+    del message["from"]
+    contact = payloads.contact("Grace", PERSON, "RW.2")
+    document, paths = without_person(message, contacts=[contact, payloads.contact("Ada", OTHER)])
+    assert paths == {"0.0.m0"}
+    assert part_at(document, "0.0.m0") == ERASED
+    assert document["entry"][0]["changes"][0]["value"]["contacts"][0] == ERASED
 
 
 def test_short_names_are_looked_for_in_no_text() -> None:

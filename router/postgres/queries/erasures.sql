@@ -15,15 +15,12 @@ SELECT postroom_bury($1, $2);
 SELECT next_event, next_seq FROM journal_head WHERE shard = 0;
 
 -- name: events
--- Bodies that may mention the person, and those of items that are known to be theirs.
-SELECT event_id, received_at FROM wa_events
- WHERE event_id >= $1 AND event_id < $2 AND (event_id = ANY ($4::bigint[]) OR postroom_holds(body, $3::bytea[]))
- ORDER BY event_id;
+-- Bodies that may mention the person.
+SELECT event_id FROM wa_events WHERE event_id >= $1 AND event_id < $2 AND postroom_holds(body, $3::bytea[]) ORDER BY event_id;
 
 -- name: items
-SELECT seq, received_at, event_id, path, session_key = ANY ($2::text[]) AS own FROM whatsapp_messages_items
- WHERE seq < $3 AND (event_id = ANY ($1::bigint[]) OR session_key = ANY ($2::text[])) AND bucket IS DISTINCT FROM 'erased'
- ORDER BY seq;
+SELECT seq, received_at, event_id, path FROM whatsapp_messages_items
+ WHERE event_id = ANY ($1::bigint[]) AND bucket IS DISTINCT FROM 'erased' ORDER BY seq;
 
 -- name: bodies
 SELECT event_id, received_at, body FROM wa_events WHERE event_id = ANY ($1::bigint[]) ORDER BY event_id;
