@@ -273,3 +273,11 @@ CREATE FUNCTION postroom_archived_erased() RETURNS bigint LANGUAGE sql STABLE AS
     SELECT coalesce(sum((tallies ->> 'items_erased')::bigint), 0)::bigint
       FROM postroom_archived_tallies WHERE items_are_out
 $$;
+
+-- Whether a letter and its item say different things. p_outcome: of the row of the outcome, null where it is in an archive.
+CREATE FUNCTION postroom_letter_is_astray(d webhook_dlq, p_outcome text) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
+    SELECT coalesce(p_outcome, d.item_outcome) IS NULL
+        OR (d.status = 'reprocessed') <> (coalesce(p_outcome, d.item_outcome) = 'delivered')
+        OR (d.resolution IS NOT DISTINCT FROM 'discarded') <> (coalesce(p_outcome, d.item_outcome) = 'discarded')
+        OR (d.resolution IS NOT DISTINCT FROM 'deferred') <> (coalesce(p_outcome, d.item_outcome) = 'deferred')
+$$;

@@ -1,53 +1,61 @@
--- name: counts
--- Tables against tallies, in one snapshot.
+-- name: recount
+-- Everything that is there, in one pass over items and outcomes, beside the tallies; and how much of it is not as it
+-- should be, or is so only while an archive is made.
+WITH pass AS (
+    SELECT count(i.seq) AS items, coalesce(sum(i.seq), 0) AS seqs,
+           count(*) FILTER (WHERE i.bucket = 'malformed') AS items_malformed,
+           count(*) FILTER (WHERE i.bucket = 'handled') AS items_handled,
+           count(*) FILTER (WHERE i.bucket = 'erased') AS items_erased,
+           count(*) FILTER (WHERE i.seq IS NOT NULL AND i.bucket IS NULL) AS items_open,
+           count(o.seq) AS outcomes,
+           count(*) FILTER (WHERE o.outcome = 'handled') AS outcomes_handled,
+           count(*) FILTER (WHERE o.outcome = 'delivered') AS outcomes_delivered,
+           count(*) FILTER (WHERE o.outcome = 'rejected') AS outcomes_rejected,
+           count(*) FILTER (WHERE o.outcome = 'dead_letter') AS outcomes_dead_letter,
+           count(*) FILTER (WHERE o.outcome = 'deferred') AS outcomes_deferred,
+           count(*) FILTER (WHERE o.outcome = 'discarded') AS outcomes_discarded,
+           count(*) FILTER (WHERE i.seq IS NULL) AS outcomes_without_item,
+           count(*) FILTER (WHERE o.seq IS NOT NULL AND i.bucket IS NOT NULL) AS outcomes_of_no_session,
+           count(*) FILTER (WHERE i.seq IS NOT NULL AND i.bucket IS NULL AND i.session_key IS NULL) AS items_of_no_session
+      FROM whatsapp_messages_items i FULL JOIN message_outcomes o ON o.seq = i.seq AND o.received_at = i.received_at
+), letters AS (
+    SELECT count(*) FILTER (WHERE d.status = 'pending') AS letters_pending,
+           count(*) FILTER (WHERE d.status = 'processing') AS letters_processing,
+           count(*) FILTER (WHERE d.status = 'failed') AS letters_failed,
+           count(*) FILTER (WHERE d.status = 'reprocessed') AS letters_reprocessed,
+           count(*) FILTER (WHERE d.status <> 'reprocessed' AND o.outcome IN ('dead_letter', 'rejected', 'deferred'))
+               AS outcomes_with_letter,
+           count(*) FILTER (WHERE postroom_letter_is_astray(d, o.outcome)) AS letters_astray
+      FROM webhook_dlq d LEFT JOIN message_outcomes o ON o.seq = d.seq AND o.received_at = d.received_at
+), replies AS (
+    SELECT count(*) FILTER (WHERE status = 'unsent') AS replies_unsent,
+           count(*) FILTER (WHERE status = 'pending') AS replies_pending,
+           count(*) FILTER (WHERE status = 'sent') AS replies_sent,
+           count(*) FILTER (WHERE status = 'failed') AS replies_failed
+      FROM whatsapp_outbox
+)
+SELECT p.*, l.*, r.*, (SELECT count(*) FROM whatsapp_messages_items i WHERE NOT EXISTS (
+           SELECT FROM wa_events e WHERE e.event_id = i.event_id AND e.received_at = i.received_at)) AS items_without_event
+  FROM pass p CROSS JOIN letters l CROSS JOIN replies r;
+
+-- name: tallies
 SELECT h.received, h.duplicates, h.malformed, h.handled AS handled_at_once, h.erased, h.next_seq - 1 AS journaled,
-       t.handled, t.delivered, t.rejected, t.dead_letter, t.deferred, t.discarded, t.unreadable_answer, t.low_water,
-       i.items + a.items AS items, i.items_malformed + a.items_malformed AS items_malformed,
-       i.items_handled + a.items_handled AS items_handled,
-       i.items_erased + postroom_archived_erased() AS items_erased, i.items_open + a.items_open AS items_open,
-       o.outcomes + a.outcomes AS outcomes, o.outcomes_handled + a.outcomes_handled AS outcomes_handled,
-       o.outcomes_delivered + a.outcomes_delivered AS outcomes_delivered,
-       o.outcomes_rejected + a.outcomes_rejected AS outcomes_rejected,
-       o.outcomes_dead_letter + a.outcomes_dead_letter AS outcomes_dead_letter,
-       o.outcomes_deferred + a.outcomes_deferred AS outcomes_deferred,
-       o.outcomes_discarded + a.outcomes_discarded AS outcomes_discarded, a.items AS items_archived,
-       d.letters_pending, d.letters_processing, d.letters_failed, d.letters_reprocessed,
-       r.replies_unsent, r.replies_pending, r.replies_sent, r.replies_failed
-  FROM journal_head h
- CROSS JOIN delivery_tallies t
- CROSS JOIN (SELECT count(*) AS items,
-                    count(*) FILTER (WHERE bucket = 'malformed') AS items_malformed,
-                    count(*) FILTER (WHERE bucket = 'handled') AS items_handled,
-                    count(*) FILTER (WHERE bucket = 'erased') AS items_erased,
-                    count(*) FILTER (WHERE bucket IS NULL) AS items_open
-               FROM whatsapp_messages_items) i
- CROSS JOIN (SELECT count(*) AS outcomes,
-                    count(*) FILTER (WHERE outcome = 'handled') AS outcomes_handled,
-                    count(*) FILTER (WHERE outcome = 'delivered') AS outcomes_delivered,
-                    count(*) FILTER (WHERE outcome = 'rejected') AS outcomes_rejected,
-                    count(*) FILTER (WHERE outcome = 'dead_letter') AS outcomes_dead_letter,
-                    count(*) FILTER (WHERE outcome = 'deferred') AS outcomes_deferred,
-                    count(*) FILTER (WHERE outcome = 'discarded') AS outcomes_discarded
-               FROM message_outcomes) o
- CROSS JOIN (SELECT count(*) FILTER (WHERE status = 'pending') AS letters_pending,
-                    count(*) FILTER (WHERE status = 'processing') AS letters_processing,
-                    count(*) FILTER (WHERE status = 'failed') AS letters_failed,
-                    count(*) FILTER (WHERE status = 'reprocessed') AS letters_reprocessed
-               FROM webhook_dlq) d
- CROSS JOIN (SELECT count(*) FILTER (WHERE status = 'unsent') AS replies_unsent,
-                    count(*) FILTER (WHERE status = 'pending') AS replies_pending,
-                    count(*) FILTER (WHERE status = 'sent') AS replies_sent,
-                    count(*) FILTER (WHERE status = 'failed') AS replies_failed
-               FROM whatsapp_outbox) r
- CROSS JOIN postroom_archived_sums() a
- WHERE h.shard = 0 AND t.shard = 0;
+       t.handled, t.delivered, t.rejected, t.dead_letter, t.deferred, t.discarded, t.unreadable_answer
+  FROM journal_head h CROSS JOIN delivery_tallies t WHERE h.shard = 0 AND t.shard = 0;
+
+-- name: archived
+-- What archives count for, by the names of `recount`.
+SELECT a.*, postroom_archived_erased() AS items_erased,
+       (SELECT coalesce(sum((lower(r.seqs) + upper(r.seqs) - 1)::numeric * (upper(r.seqs) - lower(r.seqs)) / 2), 0)
+          FROM postroom_archived_tallies t CROSS JOIN unnest(t.seqs) AS r (seqs) WHERE t.items_are_out) AS seqs
+  FROM postroom_archived_sums() a;
 
 -- name: missing_items
 -- Seqs have no gaps, so one that is not there, nor in an archive, was removed.
 SELECT before + 1 AS first, seq - 1 AS last
   FROM (SELECT seq, lag(seq, 1, 0::bigint) OVER (ORDER BY seq) AS before
           FROM (SELECT seq FROM whatsapp_messages_items
-                UNION ALL SELECT next_seq FROM journal_head WHERE shard = 0) s) g
+                UNION SELECT next_seq FROM journal_head WHERE shard = 0) s) g
  WHERE seq <> before + 1
    AND NOT coalesce((SELECT range_agg(r.seqs) FROM postroom_archived_tallies t CROSS JOIN unnest(t.seqs) AS r (seqs)
                       WHERE t.items_are_out AND r.seqs && int8range(before + 1, seq)) @> int8range(before + 1, seq),
@@ -74,10 +82,7 @@ SELECT 'dead letter outcome without its dead letter', o.seq FROM message_outcome
 UNION ALL
 SELECT 'dead letter without its outcome', d.seq FROM webhook_dlq d
   LEFT JOIN message_outcomes o ON o.seq = d.seq AND o.received_at = d.received_at
- CROSS JOIN LATERAL (SELECT coalesce(o.outcome, d.item_outcome) AS outcome) e
- WHERE e.outcome IS NULL OR (d.status = 'reprocessed') <> (e.outcome = 'delivered')
-    OR (d.resolution IS NOT DISTINCT FROM 'discarded') <> (e.outcome = 'discarded')
-    OR (d.resolution IS NOT DISTINCT FROM 'deferred') <> (e.outcome = 'deferred')
+ WHERE postroom_letter_is_astray(d, o.outcome)
 UNION ALL
 SELECT 'unfinished item that the recovery would not find', i.seq FROM whatsapp_messages_items i
  CROSS JOIN delivery_tallies t
@@ -87,9 +92,15 @@ SELECT 'unfinished item that the recovery would not find', i.seq FROM whatsapp_m
 LIMIT 20;
 
 -- name: undelivered_count
-SELECT count(*) FROM whatsapp_messages_items i
- WHERE i.bucket IS NULL
-   AND NOT EXISTS (SELECT FROM message_outcomes o WHERE o.seq = i.seq AND o.received_at = i.received_at);
+-- What a start would find.
+WITH mark AS MATERIALIZED (SELECT low_water FROM delivery_tallies WHERE shard = 0)
+SELECT count(*) FROM (
+    SELECT i.seq, i.received_at FROM whatsapp_messages_items i
+     WHERE i.seq >= (SELECT low_water FROM mark) AND i.bucket IS NULL
+     UNION
+    SELECT i.seq, i.received_at FROM journal_stragglers s JOIN whatsapp_messages_items i ON i.seq = s.seq
+     WHERE i.bucket IS NULL) open
+ WHERE NOT EXISTS (SELECT FROM message_outcomes o WHERE o.seq = open.seq AND o.received_at = open.received_at);
 
 -- name: became_of
 -- Every item with this id, newest first: what `postroom send` prints.
