@@ -39,16 +39,6 @@ BEGIN
     END IF;
 END $$;
 
--- Finding. All of it reads whole tables: it is done once, without a lock, and what came meanwhile is looked at again.
-
-CREATE FUNCTION postroom_holds(p_data bytea, p_needles bytea[]) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
-    SELECT EXISTS (SELECT FROM unnest(p_needles) AS n (needle) WHERE position(n.needle IN p_data) > 0)
-$$;
-
-CREATE FUNCTION postroom_holds(p_text text, p_needles text[]) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
-    SELECT EXISTS (SELECT FROM unnest(p_needles) AS n (needle) WHERE position(n.needle IN p_text) > 0)
-$$;
-
 -- One page. Nothing is changed, and the seqs returned, where items are under way: not decided yet, or a dead letter of
 -- theirs being delivered. Rows of which the item is not there any more are in an archive.
 CREATE FUNCTION postroom_erase_items(
@@ -178,12 +168,14 @@ END $$;
 -- The end: what the person is known by goes, unless something came since the last look (from p_event and p_seq on), which
 -- false says. The rows of p_replies, p_letters and p_statuses go with it.
 CREATE FUNCTION postroom_forget(
-    p_now timestamptz, p_names text[], p_keys text[], p_needles bytea[], p_event bigint, p_seq bigint,
+    p_now timestamptz, p_names text[], p_keys text[], p_needles bytea[], p_escapes bytea[], p_event bigint, p_seq bigint,
     p_replies bigint[], p_letters uuid[], s_number text[], s_message_id text[], p_actor text, p_detail jsonb
 ) RETURNS boolean LANGUAGE plpgsql SET enable_seqscan = off AS $$
 BEGIN
     PERFORM pg_advisory_xact_lock(7305, 1), pg_advisory_xact_lock(7305, 2);
-    IF EXISTS (SELECT FROM wa_events e WHERE e.event_id >= p_event AND postroom_holds(e.body, p_needles))
+    IF EXISTS (SELECT FROM wa_events e WHERE e.event_id >= p_event
+                  AND EXISTS (SELECT FROM unnest(p_needles || p_escapes) AS n (needle)
+                               WHERE position(n.needle IN e.body) > 0))
        OR EXISTS (SELECT FROM whatsapp_messages_items i WHERE i.seq >= p_seq AND i.session_key = ANY (p_keys)) THEN
         RETURN false;
     END IF;
@@ -275,7 +267,7 @@ CREATE FUNCTION postroom_archived_erased() RETURNS bigint LANGUAGE sql STABLE AS
 $$;
 
 -- Whether a letter and its item say different things. p_outcome: of the row of the outcome, null where it is in an archive.
-CREATE FUNCTION postroom_letter_is_astray(d webhook_dlq, p_outcome text) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
+CREATE FUNCTION postroom_letter_is_astray(d webhook_dlq, p_outcome text) RETURNS boolean LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
     SELECT coalesce(p_outcome, d.item_outcome) IS NULL
         OR (d.status = 'reprocessed') <> (coalesce(p_outcome, d.item_outcome) = 'delivered')
         OR (d.resolution IS NOT DISTINCT FROM 'discarded') <> (coalesce(p_outcome, d.item_outcome) = 'discarded')

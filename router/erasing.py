@@ -16,7 +16,7 @@ import trio
 
 from router.archive.files import ArchiveFiles, WrittenTable
 from router.archiving import manifest_of
-from router.channels.redaction import Redacted, Redaction
+from router.channels.redaction import ESCAPES, Redacted, Redaction
 from router.cleaning import Cleaning
 from router.clock import utc_now
 from router.json_text import parse, storable
@@ -209,7 +209,7 @@ class Eraser:
         """Items and bodies from the event `since` on. Returns the next event and seq after what was seen."""
         marks = (await self._fetch("marks"))[0]
         end: tuple[int, int] = (marks["next_event"], marks["next_seq"])
-        concerned = await self._fetch("events", since, end[0], redaction.suspicious)
+        concerned = await self._fetch("events", since, end[0], redaction.needles, ESCAPES)
         for page in _pages([row["event_id"] for row in concerned], _PAGE):
             bodies = await self._fetch("bodies", page)
             redacted = await _in_thread(partial(_redacted_bodies, redaction, bodies))
@@ -278,7 +278,8 @@ class Eraser:
                 self._clock(),
                 sorted(redaction.names),
                 keys,
-                redaction.suspicious,
+                redaction.needles,
+                ESCAPES,
                 *marks,
                 rest.replies,
                 rest.letters,

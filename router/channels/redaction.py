@@ -21,8 +21,8 @@ REDACTED: Final = "[erased]"
 
 _CONTAINERS = frozenset({"entry", "changes", "messages", "statuses"})
 _RUN = re.compile(r"[A-Za-z0-9+/_=-]{8,}")
-# How JSON may write what names are made of, digits and Latin letters: who hides so is found by parsing.
-_ESCAPES = tuple(b"\\u00%d" % high for high in range(3, 8))
+ESCAPES: Final = tuple(b"\\u00%d" % high for high in range(3, 8))
+"""How JSON may write what names are made of, digits and Latin letters: who hides so is found by parsing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,6 @@ class Redaction:
         self._encoded = [form for name in long for form in _base64_forms(name)]
         self.needles = [*(name.encode() for name in long), *(form.encode() for form in self._encoded)]
         """What a text that mentions the person contains, unless it hides it behind escapes."""
-        self.suspicious = [*self.needles, *_ESCAPES]
-        """What JSON that mentions the person contains."""
 
     def mentions(self, data: bytes) -> bool:
         """Whether these bytes hold a name as it is, or in base64."""
@@ -54,7 +52,7 @@ class Redaction:
 
     def may_concern(self, body: bytes) -> bool:
         """Whether this JSON may name the person; false says that it does not."""
-        return any(needle in body for needle in self.suspicious)
+        return self.mentions(body) or any(escape in body for escape in ESCAPES)
 
     def body(self, body: bytes) -> Redacted | None:
         """A stored body without the person; None: it does not name them."""
