@@ -92,6 +92,22 @@ async def test_what_happens_to_a_watched_table(database: Database) -> None:
     } == {("ann", "s-1", "c-1", "10.1.2.3", "curl")}
 
 
+async def test_columns_may_have_any_name(database: Database) -> None:
+    await run(
+        database,
+        "CREATE TABLE t (n bigint PRIMARY KEY, o text, e text, was jsonb, is_now jsonb, keys text, "
+        "new_rows text)",
+        "SELECT postroom_audit('t')",
+        role="router_owner",
+    )
+    await run(database, "INSERT INTO t VALUES (1)", "UPDATE t SET o = 'b', was = '1'", "DELETE FROM t")
+    assert [(row["action"], row["object_id"], row["changed"]) for row in await log(database)] == [
+        ("insert", "1", ["e", "is_now", "keys", "n", "new_rows", "o", "was"]),
+        ("update", "1", ["o", "was"]),
+        ("delete", "1", ["e", "is_now", "keys", "n", "new_rows", "o", "was"]),
+    ]
+
+
 async def test_a_row_that_takes_another_key(database: Database) -> None:
     await run(
         database,
