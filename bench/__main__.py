@@ -137,13 +137,23 @@ def outage(rounds: int, seconds: float, rate: float, json_path: Path | None) -> 
     type=click.FloatRange(10),
     help="Length of the load in which dead tuples are counted.",
 )
+@click.option(
+    "--messages",
+    default=5_000_000,
+    show_default=True,
+    type=click.IntRange(10_000),
+    help="In the database whose queries are timed.",
+)
 @_JSON
-def storage(items: int, rounds: int, long_seconds: float, json_path: Path | None) -> None:
-    """What a message costs the database over its whole life, and what is left of it.
+def storage(items: int, rounds: int, long_seconds: float, messages: int, json_path: Path | None) -> None:
+    """What a message costs the database over its whole life, what is left of it, and how long the queries of
+    commands take among millions.
 
     Example: python -m bench storage --rounds 5
     """
-    settings = storage_benchmark.StorageSettings(items=items, rounds=rounds, long_seconds=long_seconds)
+    settings = storage_benchmark.StorageSettings(
+        items=items, rounds=rounds, long_seconds=long_seconds, messages=messages
+    )
     _finish(lambda: storage_benchmark.run(settings, json_path))
 
 

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,11 @@ import asyncpg
 import trio
 
 from actors.messages import Appended, Completion, Delivery, Item, Place, Session
+from bench import audit, queries
+from bench.audit import Watched
 from bench.databases import durable_settings
 from bench.payloads import Population
+from bench.queries import SHARE, UNDER_MS, Query, share
 from bench.report import envelope, number, print_table, print_verdicts, verdict_rows, write_result
 from bench.rounds import Round, measure_closed, measure_open
 from bench.targets import IN_PROCESS, ROUTER, running
@@ -61,6 +64,7 @@ class StorageSettings:
     connections: int = 128
     long_seconds: float = 600.0
     long_rate: float = 1_000.0
+    messages: int = 5_000_000  # in the database whose queries are looked at
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -310,7 +314,18 @@ def _dead(dsn: str) -> int:
 # The whole
 
 
-def judge(found: Sequence[Life], pairs: Sequence[Held], dead: Sequence[int]) -> list[Verdict]:
+@dataclass
+class Found:
+    """What each part of the benchmark found."""
+
+    lives: list[Life] = field(default_factory=list)
+    pairs: list[Held] = field(default_factory=list)
+    dead: list[int] = field(default_factory=list)
+    queries: list[Query] = field(default_factory=list)
+    watched: list[Watched] = field(default_factory=list)
+
+
+def judge(found: Found) -> list[Verdict]:
     verdicts = [
         Verdict(
             f"bytes of WAL of an item beyond its payload, batch {one.batch}",
@@ -320,10 +335,12 @@ def judge(found: Sequence[Life], pairs: Sequence[Held], dead: Sequence[int]) -> 
             required=one.batch >= 100,
             unit="bytes",
         )
-        for one in found
+        for one in found.lives
     ]
     counted = [
-        pair.share for pair in pairs if not (pair.clean.void or pair.held.void) and pair.share is not None
+        pair.share
+        for pair in found.pairs
+        if not (pair.clean.void or pair.held.void) and pair.share is not None
     ]
     verdicts.append(
         Verdict(
@@ -337,24 +354,40 @@ def judge(found: Sequence[Life], pairs: Sequence[Held], dead: Sequence[int]) -> 
     verdicts.append(
         Verdict(
             "dead tuples of the hot tables, at most",
-            float(max(dead)) if dead else None,
+            float(max(found.dead)) if found.dead else None,
             DEAD_TUPLES,
             at_least=False,
             required=True,
             unit="",
         )
     )
+    verdicts.append(
+        Verdict(
+            f"queries of commands under {UNDER_MS:.0f} ms, share",
+            share(found.queries),
+            SHARE,
+            at_least=True,
+            required=True,
+        )
+    )
     return verdicts
 
 
-async def run_parts(
-    settings: StorageSettings, home: Path, progress: Callable[[str], None]
-) -> tuple[list[Life], list[Held], list[int]]:
-    for part in ("life", "held", "dead"):
+async def run_parts(settings: StorageSettings, home: Path, progress: Callable[[str], None]) -> Found:
+    def place(part: str) -> Path:
         (home / part).mkdir()
-    found = await lives(settings, home / "life", progress)
-    pairs = await held_open(settings, home / "held", progress)
-    return found, pairs, await dead_tuples(settings, home / "dead", progress)
+        return home / part
+
+    found = Found()
+    found.lives = await lives(settings, place("life"), progress)
+    found.pairs = await held_open(settings, place("held"), progress)
+    found.watched = await audit.measured(place("audit"), settings.rounds, progress)
+    found.queries = await queries.measured(
+        queries.QuerySettings(messages=settings.messages), place("queries"), progress
+    )
+    shutil.rmtree(home / "queries")
+    found.dead = await dead_tuples(settings, place("dead"), progress)
+    return found
 
 
 def run(settings: StorageSettings, json_path: Path | None) -> int:
@@ -364,10 +397,10 @@ def run(settings: StorageSettings, json_path: Path | None) -> int:
     home = Path(tempfile.mkdtemp(prefix="postroom-bench-", dir="/tmp"))
     home.chmod(0o755)
     try:
-        found, pairs, dead = trio.run(run_parts, settings, home, lambda line: print(line, flush=True))
+        found = trio.run(run_parts, settings, home, lambda line: print(line, flush=True))
     finally:
         shutil.rmtree(home, ignore_errors=True)
-    verdicts = judge(found, pairs, dead)
+    verdicts = judge(found)
     print_table(
         "Bytes of WAL for an item over its whole life",
         ("batch", "payload", "records", "beyond the payload", "full-page images", "checkpoints"),
@@ -380,16 +413,40 @@ def run(settings: StorageSettings, json_path: Path | None) -> int:
                 number(one.image_bytes),
                 f"{one.checkpoints}",
             )
-            for one in found
+            for one in found.lives
+        ],
+    )
+    print_table(
+        "The slowest queries of commands",
+        ("command", "query", "ms"),
+        [
+            (one.command, one.name, number(one.milliseconds))
+            for one in sorted(found.queries, key=lambda one: -one.milliseconds)[:10]
+        ],
+    )
+    print_table(
+        "A changed row of a table that is watched by the audit log",
+        ("rows of a statement", "us", "us, watched", "bytes of WAL", "bytes of WAL, watched"),
+        [
+            (
+                f"{one.rows}",
+                number(one.plain_us),
+                number(one.watched_us),
+                number(one.plain_wal),
+                number(one.watched_wal),
+            )
+            for one in found.watched
         ],
     )
     print_verdicts(verdicts)
     failures = missed(verdicts)
     body = {
         **head,
-        "lives": [{**asdict(one), "beyond_payload": one.beyond_payload} for one in found],
-        "held": [{"clean": pair.clean.as_json(), "held": pair.held.as_json()} for pair in pairs],
-        "dead_tuples": list(dead),
+        "lives": [{**asdict(one), "beyond_payload": one.beyond_payload} for one in found.lives],
+        "held": [{"clean": pair.clean.as_json(), "held": pair.held.as_json()} for pair in found.pairs],
+        "dead_tuples": found.dead,
+        "queries": [one.as_json() for one in found.queries],
+        "audit": [one.as_json() for one in found.watched],
         "verdicts": verdict_rows(verdicts),
         "passed": not failures,
     }

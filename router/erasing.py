@@ -4,7 +4,8 @@ step can be done again, and what was interrupted is: nothing is said to be erase
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from functools import partial
@@ -29,7 +30,9 @@ T = TypeVar("T")
 _SQL = statements("erasures")
 _LONG = 3_600.0  # seconds: whole tables are read
 _PAGE = 50  # bodies that are changed in one transaction, during which nobody journals or delivers
+_READ_AT_ONCE = 10_000  # rows
 _LOOK_AGAIN = 0.2  # seconds
+_NO_UUID = uuid.UUID(int=0)
 
 
 class CannotErase(Exception):
@@ -154,6 +157,17 @@ class Eraser:
         found: list[Any] = await self._run(lambda c: c.fetch(_SQL[statement], *arguments, timeout=_LONG))
         return found
 
+    async def _read(
+        self, statement: str, first: tuple[Any, ...], key: str, *arguments: Any
+    ) -> AsyncIterator[Any]:
+        """Rows of concern of a whole table, from after the key `first` on."""
+        after = first
+        while page := await self._fetch(statement, *after, _READ_AT_ONCE, *arguments):
+            for row in page:
+                if row["hit"] or row.get("own"):
+                    yield row
+            after = tuple(page[-1][column] for column in key.split())
+
     async def _wait(self, count: int) -> None:
         if trio.current_time() >= self._deadline:
             raise CannotErase(
@@ -209,8 +223,8 @@ class Eraser:
         """Items and bodies from the event `since` on. Returns the next event and seq after what was seen."""
         marks = (await self._fetch("marks"))[0]
         end: tuple[int, int] = (marks["next_event"], marks["next_seq"])
-        concerned = await self._fetch("events", since, end[0], redaction.needles, ESCAPES)
-        for page in _pages([row["event_id"] for row in concerned], _PAGE):
+        concerned = self._read("events", (since - 1,), "event_id", end[0], redaction.needles, ESCAPES)
+        for page in _pages([row["event_id"] async for row in concerned], _PAGE):
             bodies = await self._fetch("bodies", page)
             redacted = await _in_thread(partial(_redacted_bodies, redaction, bodies))
             paths = {row["event_id"]: changed.paths for row, changed in redacted}
@@ -242,23 +256,23 @@ class Eraser:
     async def _rest(self, redaction: Redaction, keys: list[str]) -> _Rest:
         rest = _Rest()
         names, needles = sorted(redaction.names), [needle.decode() for needle in redaction.needles]
-        for row in await self._fetch("replies", keys, names, needles):
+        async for row in self._read("replies", (-1,), "id", keys, names, needles):
             if row["own"]:
                 rest.replies.append(row["id"])
                 if row["message_id"] is not None:
                     rest.statuses.append((row["phone_number_id"], row["message_id"]))
             elif (redactions := _redacted(redaction, row)) is not None:
                 rest.redactions.append(("redact_reply", (row["id"], *redactions)))
-        for row in await self._fetch("letters", keys, names, needles):
+        async for row in self._read("letters", (_NO_UUID,), "id", keys, names, needles):
             if row["own"]:
                 rest.letters.append(row["id"])
                 rest.being_delivered += row["status"] == "processing"
             elif (redactions := _redacted(redaction, row)) is not None:
                 rest.redactions.append(("redact_letter", (row["id"], *redactions)))
-        for row in await self._fetch("statuses", needles):
+        async for row in self._read("statuses", ("", ""), "phone_number_id message_id", needles):
             if redaction.text(row["message_id"]) != row["message_id"]:
                 rest.statuses.append((row["phone_number_id"], row["message_id"]))
-        for row in await self._fetch("sessions", keys, needles):
+        async for row in self._read("sessions", ("",), "session_key", keys, needles):
             if row["own"]:
                 rest.sessions += 1
                 continue

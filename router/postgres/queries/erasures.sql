@@ -14,15 +14,18 @@ SELECT postroom_bury($1, $2);
 -- name: marks
 SELECT next_event, next_seq FROM journal_head WHERE shard = 0;
 
+-- Reading everything, a page at a time in the order of a key, so that no statement and no snapshot lasts. Of each page
+-- come the rows that are of concern, and the last one, after which the next page begins.
+
 -- name: events
--- Bodies that may mention the person: that hold a name ($3), or escapes ($4) behind which one may be. All of them are
--- read, so it is written out, which is twice as fast as a function.
-SELECT event_id FROM wa_events
- WHERE event_id >= $1 AND event_id < $2
-   AND (EXISTS (SELECT FROM unnest($3::bytea[]) AS n (needle) WHERE position(n.needle IN body) > 0)
-        OR (position('\x5c753030'::bytea IN body) > 0  -- \u00
-            AND EXISTS (SELECT FROM unnest($4::bytea[]) AS n (needle) WHERE position(n.needle IN body) > 0)))
- ORDER BY event_id;
+-- Bodies that may mention the person: that hold a name ($4), or escapes ($5) behind which one may be.
+SELECT p.event_id, p.hit FROM (
+    SELECT event_id, row_number() OVER (ORDER BY event_id DESC) = 1 AS is_last,
+           EXISTS (SELECT FROM unnest($4::bytea[]) AS n (needle) WHERE position(n.needle IN body) > 0)
+           OR (position('\x5c753030'::bytea IN body) > 0  -- \u00
+               AND EXISTS (SELECT FROM unnest($5::bytea[]) AS n (needle) WHERE position(n.needle IN body) > 0)) AS hit
+      FROM (SELECT event_id, body FROM wa_events WHERE event_id > $1 AND event_id < $3 ORDER BY event_id LIMIT $2) e) p
+ WHERE p.hit OR p.is_last ORDER BY p.event_id;
 
 -- name: items
 SELECT seq, received_at, event_id, path FROM whatsapp_messages_items
@@ -38,29 +41,40 @@ SELECT postroom_erase_items($1, $2, $3, $4, $5);
 SELECT postroom_erase_archived($1, $2, $3, $4, $5);
 
 -- name: replies
-SELECT id, phone_number_id, message_id, payload::text AS payload, error_message,
-       session_key = ANY ($1::text[]) OR coalesce(recipient = ANY ($2::text[]), false) AS own
-  FROM whatsapp_outbox
- WHERE session_key = ANY ($1::text[]) OR recipient = ANY ($2::text[])
-    OR EXISTS (SELECT FROM unnest($3::text[]) AS n (needle)
-                WHERE position(n.needle IN concat(payload, error_message, message_id)) > 0);
+SELECT p.* FROM (
+    SELECT id, phone_number_id, message_id, payload::text AS payload, error_message,
+           row_number() OVER (ORDER BY id DESC) = 1 AS is_last,
+           session_key = ANY ($3::text[]) OR coalesce(recipient = ANY ($4::text[]), false) AS own,
+           EXISTS (SELECT FROM unnest($5::text[]) AS n (needle)
+                    WHERE position(n.needle IN concat(payload, error_message, message_id)) > 0) AS hit
+      FROM (SELECT * FROM whatsapp_outbox WHERE id > $1 ORDER BY id LIMIT $2) o) p
+ WHERE p.own OR p.hit OR p.is_last ORDER BY p.id;
 
 -- name: letters
-SELECT id, status, payload::text AS payload, error_message,
-       session_key = ANY ($1::text[]) OR coalesce(phone_number = ANY ($2::text[]), false) AS own
-  FROM webhook_dlq
- WHERE session_key = ANY ($1::text[]) OR phone_number = ANY ($2::text[])
-    OR EXISTS (SELECT FROM unnest($3::text[]) AS n (needle)
-                WHERE position(n.needle IN concat(payload, error_message)) > 0);
+SELECT p.* FROM (
+    SELECT id, status, payload::text AS payload, error_message, row_number() OVER (ORDER BY id DESC) = 1 AS is_last,
+           session_key = ANY ($3::text[]) OR coalesce(phone_number = ANY ($4::text[]), false) AS own,
+           EXISTS (SELECT FROM unnest($5::text[]) AS n (needle)
+                    WHERE position(n.needle IN concat(payload, error_message)) > 0) AS hit
+      FROM (SELECT * FROM webhook_dlq WHERE id > $1 ORDER BY id LIMIT $2) d) p
+ WHERE p.own OR p.hit OR p.is_last ORDER BY p.id;
 
 -- name: statuses
-SELECT phone_number_id, message_id FROM whatsapp_statuses
- WHERE EXISTS (SELECT FROM unnest($1::text[]) AS n (needle) WHERE position(n.needle IN message_id) > 0);
+SELECT p.* FROM (
+    SELECT phone_number_id, message_id, false AS own,
+           row_number() OVER (ORDER BY phone_number_id DESC, message_id DESC) = 1 AS is_last,
+           EXISTS (SELECT FROM unnest($4::text[]) AS n (needle) WHERE position(n.needle IN message_id) > 0) AS hit
+      FROM (SELECT phone_number_id, message_id FROM whatsapp_statuses WHERE (phone_number_id, message_id) > ($1, $2)
+             ORDER BY phone_number_id, message_id LIMIT $3) s) p
+ WHERE p.hit OR p.is_last ORDER BY p.phone_number_id, p.message_id;
 
 -- name: sessions
-SELECT session_key, version, state::text AS state, session_key = ANY ($1::text[]) AS own FROM user_sessions
- WHERE session_key = ANY ($1::text[])
-    OR EXISTS (SELECT FROM unnest($2::text[]) AS n (needle) WHERE position(n.needle IN state::text) > 0);
+SELECT p.* FROM (
+    SELECT session_key, version, state::text AS state, row_number() OVER (ORDER BY session_key DESC) = 1 AS is_last,
+           session_key = ANY ($3::text[]) AS own,
+           EXISTS (SELECT FROM unnest($4::text[]) AS n (needle) WHERE position(n.needle IN state::text) > 0) AS hit
+      FROM (SELECT * FROM user_sessions WHERE session_key > $1 ORDER BY session_key LIMIT $2) u) p
+ WHERE p.own OR p.hit OR p.is_last ORDER BY p.session_key;
 
 -- name: redact_reply
 UPDATE whatsapp_outbox SET payload = $2, error_message = $3 WHERE id = $1;
