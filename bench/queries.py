@@ -290,22 +290,32 @@ class Watch:
         self._found = found
         self._timed = timed
         self._named = _names()
-        self._plans: list[str] = []
+        self._inner: list[str] = []
 
     def plan(self, _connection: Any, message: Any) -> None:
-        text = str(message.message)
-        if text.startswith("duration:"):
-            self._plans.append(text.partition("plan:\n")[2])
+        """Told at the end of each statement, of those inside of functions first. Its text says which."""
+        said = str(message.message)
+        if not said.startswith("duration:"):
+            return
+        plan = said.partition("plan:\n")[2]
+        text = plan.removeprefix("Query Text: ")
+        name = next((name for one, name in self._named.items() if text.startswith(f"{one}\n")), None)
+        if name is None:
+            self._inner.append(plan)
+            return
+        query = self._of(name)
+        query.plan = query.plan or [*self._inner[-3:], plan]
+        self._inner = []
 
     def query(self, said: Any) -> None:
-        plans, self._plans = self._plans, []
         name = self._named.get(said.query)
         if name is not None:
-            query = self._found.setdefault((self._command, name), Query(self._command, name))
+            query = self._of(name)
             if self._timed:
                 query.seconds.append(said.elapsed)
-            elif not query.plan:
-                query.plan = plans[-4:]
+
+    def _of(self, name: str) -> Query:
+        return self._found.setdefault((self._command, name), Query(self._command, name))
 
 
 async def _do(

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import asyncpg
@@ -98,14 +99,14 @@ class Eraser:
         self._clock = clock
         self._report = report
         self._on_step = on_step
-        self._deadline = 0.0
+        self._waits_since: float | None = None
 
     async def look(self, name: str) -> Erasure:
         """What there is of the person. Changes nothing. Raises ArchiveError, JournalUnavailable."""
         redaction, keys = await self._person(name)
         told = Erasure(names=len(redaction.names))
-        told.spooled = len(await _in_thread(lambda: remains.waiting(self._spool, redaction.may_concern)))
-        told.set_aside = len(await _in_thread(lambda: remains.set_aside(self._spool, redaction.may_concern)))
+        told.spooled = len(await self._waiting(redaction))
+        told.set_aside = len(await self._set_aside(redaction))
         archives = await self._archives()
         await self._erase_live(redaction, told, since=0, dry_run=True)
         for archive in archives:
@@ -121,7 +122,6 @@ class Eraser:
             CannotErase: something is in the way; doing it again goes on.
             ArchiveError, JournalUnavailable, SpoolUnavailable: likewise.
         """
-        self._deadline = trio.current_time() + self._within
         await self._run(lambda c: c.execute(_SQL["hold_archives"], timeout=_LONG))
         redaction, keys = await self._person(name)
         await self._require_whole_archives()
@@ -147,7 +147,7 @@ class Eraser:
                 self._on_step("forget")
                 if await self._forget(redaction, keys, marks, rest, told):
                     return told
-            await self._wait(rest.being_delivered or 1)
+            await self._wait(_under_way(rest.being_delivered or 1))
             marks = await self._erase_live(redaction, told, since=marks[0])
 
     async def _run(self, work: Callable[[asyncpg.Connection], Awaitable[T]]) -> T:
@@ -168,12 +168,11 @@ class Eraser:
                     yield row
             after = tuple(page[-1][column] for column in key.split())
 
-    async def _wait(self, count: int) -> None:
-        if trio.current_time() >= self._deadline:
-            raise CannotErase(
-                f"{count} message(s) of the person are under way; let the router finish them, or start it, "
-                "and erase again"
-            )
+    async def _wait(self, why: str) -> None:
+        now = trio.current_time()
+        self._waits_since = now if self._waits_since is None else self._waits_since
+        if now - self._waits_since >= self._within:
+            raise CannotErase(why)
         await trio.sleep(_LOOK_AGAIN)
 
     async def _person(self, name: str) -> tuple[Redaction, list[str]]:
@@ -194,21 +193,26 @@ class Eraser:
 
     async def _empty_spool(self, redaction: Redaction, told: Erasure) -> None:
         """What nobody has is journaled here and now; a process that runs does so with its own."""
-        found = await _in_thread(lambda: remains.waiting(self._spool, redaction.may_concern))
+        found = await self._waiting(redaction)
         told.spooled = len(found)
         if found:
             await self._operations.adopt_spool(self._report)
-        while found := await _in_thread(lambda: remains.waiting(self._spool, redaction.may_concern)):
-            if trio.current_time() >= self._deadline:
-                raise CannotErase(
-                    f"{len(found)} file(s) of the spool hold something of the person, as {found[0]}; they "
-                    "are emptied when a router with this data directory reaches its database; erase again"
-                )
-            await trio.sleep(_LOOK_AGAIN)
-        for path in await _in_thread(lambda: remains.set_aside(self._spool, redaction.may_concern)):
+        while found := await self._waiting(redaction):
+            await self._wait(
+                f"{len(found)} file(s) of the spool hold something of the person, as {found[0]}; they are "
+                "emptied when a router with this data directory reaches its database; erase again then"
+            )
+        self._waits_since = None
+        for path in await self._set_aside(redaction):
             path.unlink(missing_ok=True)
             self._report(f"removed {path}")
             told.set_aside += 1
+
+    async def _waiting(self, redaction: Redaction) -> list[Path]:
+        return await _in_thread(lambda: remains.waiting(self._spool, redaction.concerns))
+
+    async def _set_aside(self, redaction: Redaction) -> list[Path]:
+        return await _in_thread(lambda: remains.set_aside(self._spool, redaction.concerns))
 
     # Tables
 
@@ -249,8 +253,9 @@ class Eraser:
                     )
                 )[0][0]
                 if under_way is None:
+                    self._waits_since = None
                     break
-                await self._wait(len(under_way))
+                await self._wait(_under_way(len(under_way)))
         return end
 
     async def _rest(self, redaction: Redaction, keys: list[str]) -> _Rest:
@@ -323,6 +328,7 @@ class Eraser:
         ]
 
     async def _erase_archived(self, archive: _Archived, redaction: Redaction, told: Erasure) -> None:
+        await _in_thread(archive.mend)
         cleaning = await _in_thread(lambda: archive.look(redaction, told))
         self._on_step("write archive")
         tables = await _in_thread(lambda: archive.write_again(cleaning))
@@ -340,7 +346,7 @@ class Eraser:
                 [cleaning.outcomes.get(seq) for seq in seqs],
             )
         )[0][0]:
-            await self._wait(1)
+            await self._wait(_under_way(1))
         self._on_step("replace archive")
         await _in_thread(lambda: archive.replace(tables))
 
@@ -359,8 +365,6 @@ class _Archived:
 
     def look(self, redaction: Redaction, told: Erasure) -> Cleaning:
         """What of it is the person's, counted in `told`."""
-        if self.files.tables(self.name) != self.tables:
-            self.replace(self.tables)
         cleaning = Cleaning(self.files, self.name, self.tables, redaction)
         if cleaning.touched():
             told.archives.append(self.name)
@@ -368,6 +372,11 @@ class _Archived:
         told.bodies += len(cleaning.bodies)
         told.replies += cleaning.replies
         return cleaning
+
+    def mend(self) -> None:
+        """The manifest says what the database does, and no file is there that nobody names."""
+        if self.files.tables(self.name) != self.tables:
+            self.replace(self.tables)
 
     def write_again(self, cleaning: Cleaning) -> dict[str, WrittenTable] | None:
         """New files, read back, beside the old ones; None: nothing of it is the person's."""
@@ -396,6 +405,11 @@ class _Archived:
             self.name, manifest_of(self.name, row["kind"], row["from_at"], row["until_at"], written)
         )
         self.files.tidy(self.name)
+
+
+def _under_way(count: int) -> str:
+    what = f"{count} message(s) of the person are under way"
+    return f"{what}; let the router finish them, or start it, and erase again"
 
 
 def _redacted_bodies(redaction: Redaction, bodies: Iterable[Any]) -> list[tuple[Any, Redacted]]:

@@ -54,6 +54,10 @@ class Redaction:
         """Whether this JSON may name the person; false says that it does not."""
         return self.mentions(body) or any(escape in body for escape in ESCAPES)
 
+    def concerns(self, body: bytes) -> bool:
+        """Whether this JSON, or whatever it is, names the person."""
+        return self.may_concern(body) and self.body(body) is not None
+
     def body(self, body: bytes) -> Redacted | None:
         """A stored body without the person; None: it does not name them."""
         try:

@@ -21,7 +21,7 @@ import trio
 
 from actors.errors import SpoolUnavailable
 from actors.messages import Delivery, Spooled
-from router.spool.records import KEY_BYTES, Damage, Record, encode, scan
+from router.spool.records import KEY_BYTES, Damage, Record, encode, file_name, key_of, scan
 
 T = TypeVar("T")
 
@@ -29,7 +29,6 @@ SEGMENT_BYTES = 8_388_608  # of one file: as much is read at once, and replayed 
 _BODIES_AT_ONCE = 1_000
 _LOCK = "lock"
 _DIRECTORY = re.compile(r"[0-9]{20}-[0-9a-f]{8}")
-_SEGMENT = re.compile(r"[0-9]{16}-([0-9a-f]{32})\.spool")
 
 Report = Callable[[str, dict[str, object]], None]
 """Told of what a person should know: the event and its details."""
@@ -172,7 +171,7 @@ class SpoolDirectory:
     async def _begin_segment(self) -> None:
         self._stop_writing()
         key = secrets.token_bytes(KEY_BYTES)
-        path = self._own / f"{self._number + 1:016}-{key.hex()}.spool"
+        path = self._own / file_name(self._number + 1, key)
         self._file = await _in_thread(lambda: _create(path))
         self._segments.append(_Segment(path, key))
 
@@ -321,9 +320,9 @@ async def _in_thread(work: Callable[[], T]) -> T:
 def _segments_of(directory: Path) -> list[_Segment]:
     found = []
     for path in sorted(directory.iterdir()):
-        name = _SEGMENT.fullmatch(path.name)
-        if name is not None:
-            found.append(_Segment(path, bytes.fromhex(name[1]), path.stat().st_size))
+        key = key_of(path.name)
+        if key is not None:
+            found.append(_Segment(path, key, path.stat().st_size))
     return found
 
 
@@ -366,6 +365,6 @@ def _only_one(root: Path) -> Iterator[None]:
 def _remove_if_empty(directory: Path) -> None:
     """A directory that nobody needs any more, unless somebody left something else in it."""
     with suppress(OSError):
-        if not any(_SEGMENT.fullmatch(path.name) for path in directory.iterdir()):
+        if not any(key_of(path.name) for path in directory.iterdir()):
             (directory / _LOCK).unlink(missing_ok=True)
             directory.rmdir()

@@ -9,6 +9,7 @@ record.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from actors.messages import Spooled
 MAGIC = b"\xabPR1"
 KEY_BYTES = 16
 MAX_HEADER = 4_096
+_NAME = re.compile(r"[0-9]{16}-([0-9a-f]{32})\.spool")
 _FIXED = struct.Struct(">4sQII16s")
 
 
@@ -55,6 +57,17 @@ def _head(key: bytes, number: int, header: bytes, body: bytes) -> bytes:
     digest.update(header)
     digest.update(body)
     return _FIXED.pack(MAGIC, number, len(header), len(body), digest.digest())
+
+
+def file_name(number: int, key: bytes) -> str:
+    """The name of a file whose first record will have this number."""
+    return f"{number:016}-{key.hex()}.spool"
+
+
+def key_of(name: str) -> bytes | None:
+    """The key of the digests in a file of this name; None: it is no spool file."""
+    found = _NAME.fullmatch(name)
+    return None if found is None else bytes.fromhex(found[1])
 
 
 def scan(data: bytes, key: bytes, after: int = 0) -> Iterator[Record | Damage]:
