@@ -125,8 +125,10 @@ def cut(document: Any, paths: set[str]) -> Any:
 
 def without(document: Any, paths: Collection[str]) -> Any:
     """The document with ERASED in place of the items at these paths, and of contacts that only they had."""
-    if not isinstance(document, dict) or "" in paths:
-        return ERASED if "" in paths else document
+    if "" in paths:
+        return ERASED
+    if not paths:
+        return document
     entries = list(document["entry"])
     for path in paths:
         steps = path.split(".")

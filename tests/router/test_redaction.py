@@ -193,6 +193,41 @@ def test_whatever_a_body_holds_the_person_is_out_of_it_and_the_paths_stay(messag
             assert now == parse(encode(before))
 
 
+_ANY = st.recursive(
+    _WORDS | st.just(PERSON) | st.none(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "object",
+                    "entry",
+                    "changes",
+                    "field",
+                    "value",
+                    "messages",
+                    "contacts",
+                    "statuses",
+                    "from",
+                    "phones",
+                ]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=20,
+)
+
+
+@given(_ANY)
+def test_whatever_a_body_is_the_person_is_out_of_it(document: Any) -> None:
+    redacted = REDACTION.body(encode(document))
+    left = encode(document) if redacted is None else redacted.body
+    assert REDACTION.body(left) is None
+    assert re.search(rf"(?<!\d){PERSON}(?!\d)", left.decode()) is None
+
+
 def test_a_body_that_was_redacted_is_split_into_erased_items() -> None:
     splitter = Splitter("default", dedup_key=b"k", is_ours=lambda number: True)
     redacted = REDACTION.body(body(said(PERSON, SECRET), said(OTHER, "hello")))
