@@ -29,6 +29,7 @@ from router.config import Config, ServiceConfig
 from router.config_rules import checked
 from router.database import migrate_database, open_database
 from router.delivery import graph, http, in_process
+from router.delivery.attached import AttachedService
 from router.delivery.in_process import HandlerFunction
 from router.domains import canonical_domain
 from router.home_menu import HomeMenu, MenuRow
@@ -79,6 +80,7 @@ class RouterStatistics:
     spool_bytes: int | None  # that wait for the database; None: there is no spool
     outbound: OutboundStatistics | None  # None: replies are not sent, or not by this process
     sender_breaker: str | None
+    attached: Mapping[str, int]  # service -> its connections
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +150,11 @@ class Router:
             clock=clock,
         )
         self._outbox = PostgresOutbox(bridge, dsn, clock=clock)
+        self.attached = {
+            name: AttachedService(name, service.token, known_domain=self._is_domain)
+            for name, service in config.services.items()
+            if service.token is not None and name not in self._handlers
+        }
         retry = Backoff(random_unit)
         self._routes = Routes(config.routing, config.services)
         self._owner = Owner(
@@ -200,6 +207,7 @@ class Router:
             tombstones=self._tombstones,
             spools=self.spool is not None,
         )
+        self._stood_down = trio.Event()
         self._reached = trio.Event()  # the database, with the schema that it has to have
         self._waiting = trio.CancelScope()
         self._draining = False
@@ -224,6 +232,8 @@ class Router:
             function = self._handlers.get(name)
             if function is not None:
                 lane = in_process.open_lane(name, function, self._is_domain)
+            elif name in self.attached:
+                lane = self.attached[name].open_lane()
             elif service.url is not None:
                 target = http.Target.of(service.url, service.secret)
                 lane = http.open_lane(target, clock=self._clock, known_domain=self._is_domain)
@@ -287,6 +297,7 @@ class Router:
             waiting_for=dispatcher.waiting_for if dispatcher is not None else {},
             spool_bytes=None if self.spool is None else self.spool.size,
             outbound=outbound.statistics if outbound is not None else None,
+            attached={name: service.connections for name, service in self.attached.items()},
             sender_breaker=str(outbound.breaker.state) if outbound is not None else None,
             breakers=(
                 {}
@@ -299,6 +310,10 @@ class Router:
     def delivers(self) -> bool:
         """Whether this process holds the lease; another one on the same database may."""
         return self._epoch is not None
+
+    async def stood_down(self) -> None:
+        """Return when this process has ceased to deliver."""
+        await self._stood_down.wait()
 
     @property
     def refuses(self) -> bool:
@@ -326,6 +341,9 @@ class Router:
 
     def _set_epoch(self, epoch: int | None) -> None:
         self._epoch = epoch
+        if epoch is None:
+            self._stood_down.set()
+            self._stood_down = trio.Event()
         _log.info("delivering" if epoch is not None else "not delivering", epoch=epoch)
 
     async def open_spool(self) -> None:

@@ -71,7 +71,8 @@ class AppConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceConfig:
-    """A domain, and the service behind it. Without `url` it is reached in process, or not at all.
+    """A domain, and the service behind it. With `url` it is posted to; with `token` it attaches to us, and
+    shows it; with neither it is reached in process, or not at all.
 
     `timeout_ms` bounds one attempt, `deadline_ms` all attempts of one delivery, `lanes` how many run at once.
     `secret` is `whsec_` and base64, as Standard Webhooks writes it; without one deliveries are not signed.
@@ -86,6 +87,7 @@ class ServiceConfig:
     deadline_ms: int = DEFAULT_DEADLINE_MS
     lanes: int = 8
     secret: str | None = field(default=None, repr=False)
+    token: str | None = field(default=None, repr=False)
     statuses: bool = False
     dead_letters: str = DEAD_LETTER_POLICIES[0]
     order: str = ORDER_POLICIES[0]
@@ -174,8 +176,9 @@ class Config:
     """Everything that a router is told. `database_url` None means the embedded Postgres in `data_dir`.
     `archive` is the directory or the URI of an object store where archives are kept; None: in `data_dir`.
     `schema` is the one of the database that our tables are in; None: the first of the login's search path.
-    Without `admin_token` whatever asks for one on the admin port is refused. Without `sender` replies are
-    stored as `unsent`, and are never sent.
+    `services_host` and `services_port` are where services with a token attach; without such a service nobody
+    listens there. Without `admin_token` whatever asks for one on the admin port is refused. Without `sender`
+    replies are stored as `unsent`, and are never sent.
 
     `generated` has, by the name of its environment variable, each secret that `serve --dev` made up for
     itself.
@@ -191,6 +194,8 @@ class Config:
     port: int = 8080
     admin_host: str = "127.0.0.1"
     admin_port: int = 8081
+    services_host: str = "127.0.0.1"
+    services_port: int = 8082
     data_dir: Path = Path(".postroom")
     archive: str | None = None
     database_url: str | None = field(default=None, repr=False)

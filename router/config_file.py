@@ -51,6 +51,7 @@ class ServiceTable(_Strict):
     deadline_ms: int = DEFAULT_DEADLINE_MS
     lanes: int = 8
     secret_env: str | None = None
+    token_env: str | None = None
     statuses: bool = False
     dead_letters: str = "standard"
     order: str = "continue"
@@ -98,6 +99,8 @@ class FileTable(_Strict):
     port: int | None = None
     admin_host: str | None = None
     admin_port: int | None = None
+    services_host: str | None = None
+    services_port: int | None = None
     data_dir: str | None = None
     archive: str | None = None
     schema_: str | None = Field(default=None, alias="schema")

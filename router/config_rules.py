@@ -159,6 +159,14 @@ def _services(config: Config) -> Iterator[Problem]:
             )
         if service.order not in ORDER_POLICIES:
             yield Problem(f"{at}.order", "is not a policy", f"use one of: {', '.join(ORDER_POLICIES)}")
+        if service.token is not None and not _BEARER_TOKEN.fullmatch(service.token):
+            yield Problem(
+                f"{at}.token_env",
+                "has characters that no token has",
+                "use letters, digits and . _ ~ + / - only, as `openssl rand -hex 32` prints",
+            )
+        if service.token is not None and service.url is not None:
+            yield Problem(f"{at}.token_env", "stands beside url", "keep url, or let the service attach")
         if not 1 <= service.breaker_failures <= 1_000_000:
             yield Problem(
                 f"{at}.breaker_failures",
@@ -344,14 +352,23 @@ def _limits(config: Config) -> Iterator[Problem]:
 
 
 def _addresses(config: Config) -> Iterator[Problem]:
-    for name, port in (("port", config.port), ("admin_port", config.admin_port)):
+    attaches = any(service.token is not None for service in config.services.values())
+    ports = {"port": config.port, "admin_port": config.admin_port, "services_port": config.services_port}
+    for name, port in ports.items():
         if not 0 <= port <= 65_535:
             yield Problem(name, f"{port} is not a port", "use 1 to 65535, or 0 for any free one")
     if config.port == config.admin_port != 0:
         yield Problem(
             "admin_port", f"{config.admin_port} is the webhook port too", "give --admin-port another one"
         )
-    for name, host in (("host", config.host), ("admin_host", config.admin_host)):
+    if attaches and config.services_port != 0 and config.services_port in (config.port, config.admin_port):
+        yield Problem(
+            "services_port", f"{config.services_port} is another port's number too", "give it one of its own"
+        )
+    hosts = (
+        ("host", config.host), ("admin_host", config.admin_host), ("services_host", config.services_host)
+    )  # fmt: skip
+    for name, host in hosts:
         if not host or any(char.isspace() or not char.isprintable() for char in host):
             yield Problem(name, "is not a host", "give a name or an address, for example 127.0.0.1")
         elif config.dev and not _is_loopback(host):

@@ -52,6 +52,9 @@ async def serve(
             trio.open_nursery() as edges,
         ):
             edges.start_soon(listener.serve, router.webhooks.accept_nowait)
+            if router.attached:
+                # Beside the router, not inside: what is under way is answered while the router drains.
+                await _start_attach_port(nursery, router, config, report)
             drained = trio.Event()
             admin = await _start_admin(edges, router, config, stop, drained)
             first = router.webhooks.paths[0]
@@ -91,6 +94,23 @@ async def _start_admin(
             "use --admin-host or --admin-port"
         ) from error
     return url
+
+
+async def _start_attach_port(
+    nursery: trio.Nursery, router: Router, config: Config, report: Callable[[str], None]
+) -> None:
+    # Imported here, as the admin port is: who has no such service does not wait for it.
+    from router.edge.attach import AttachPort
+
+    port = AttachPort(router.attached, may_attach=lambda: router.delivers, stood_down=router.stood_down)
+    try:
+        number = await nursery.start(port.serve, config.services_host, config.services_port)
+    except* OSError as group:
+        raise CannotListen(
+            f"cannot listen on {config.services_host}:{config.services_port}: {group.exceptions[0]}; "
+            "set services_host or services_port"
+        ) from group.exceptions[0]
+    report(f"services may attach at ws://{_shown(config.services_host)}:{number}/services/")
 
 
 async def _watch_signals(signals: object, stop: trio.Event, scope: trio.CancelScope) -> None:

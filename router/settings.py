@@ -46,7 +46,9 @@ _INTEGERS: Final = {
     "WA_CORE_P95_SLO_MS": "core_p95_slo_ms",
     "WA_CORE_COLD_START_SLO_MS": "core_cold_start_slo_ms",
 }
-_PLAIN: Final = ("host", "port", "admin_host", "admin_port", *_INTEGERS.values())
+_PLAIN: Final = (
+    "host", "port", "admin_host", "admin_port", "services_host", "services_port", *_INTEGERS.values()
+)  # fmt: skip
 _ENV_NAME = re.compile(r"[A-Z][A-Z0-9_]{0,127}", re.ASCII)
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}", re.ASCII)
 _PLACEHOLDER: Final = "not-configured"  # fit for a header, so that nothing else is reported of it
@@ -243,6 +245,7 @@ class _Reader:
                 deadline_ms=found.deadline_ms,
                 lanes=found.lanes,
                 secret=self._service_secret(written, found.secret_env),
+                token=self._service_token(written, found.token_env),
                 statuses=found.statuses,
                 dead_letters=found.dead_letters,
                 order=found.order,
@@ -270,6 +273,23 @@ class _Reader:
                 variable,
                 f"{reason}, and {setting} names it",
                 f"set it to the whsec_ secret that {service} verifies with, or leave secret_env out",
+            )
+        return None
+
+    def _service_token(self, service: str, variable: str | None) -> str | None:
+        """None: it does not attach, or the token is not there, and who asks needs none."""
+        if variable is None:
+            return None
+        value = self._named(variable, dotted("services", service, "token_env"))
+        if value or not _ENV_NAME.fullmatch(variable):
+            return value or _PLACEHOLDER
+        if self.dev:
+            return self.generated.setdefault(variable, self._token())
+        if self._need_secrets:
+            self.report(
+                variable,
+                f"is {'not set' if value is None else 'empty'}, and services.{service}.token_env names it",
+                f"set it to the token that {service} shows when it attaches",
             )
         return None
 

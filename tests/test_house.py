@@ -41,6 +41,7 @@ LAYERS = {
         "explain",
         "conservation",
     ),
+    "client": ("client",),
     "edge": ("edge",),
     "app": ("router", "router.app", "archiving", "database", "housekeeping", "inbound"),
     "accept": ("accept",),
@@ -59,7 +60,8 @@ WHOLE = {"router", "router.app", "router.cli", "router.__main__"}
 MAY_IMPORT = {
     "cli": {"commands", "app", "adapters", "config", "words", "observe", "actors"},
     "commands": {"edge", "app", "adapters", "policy", "config", "words", "actors", "simulator"},
-    "edge": {"app", "accept", "config", "observe", "actors"},
+    "client": {"adapters", "words", "actors"},
+    "edge": {"app", "accept", "adapters", "config", "words", "observe", "actors"},
     "app": {"accept", "adapters", "policy", "config", "words", "observe", "actors"},
     "accept": {"adapters", "config", "actors"},
     "adapters": {"words", "observe", "actors"},

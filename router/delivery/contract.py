@@ -4,45 +4,89 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 import orjson
 
-from actors.messages import UNCHANGED, Ack, Envelope, Reply, SessionChange
+from actors.messages import UNCHANGED, Ack, Envelope, Reply, Session, SessionChange
 from actors.ports import Unreadable
 from router.json_text import encode, is_storable
 
 VERSION = 1
+_SESSION = ("key", "phone_number_id", "wa_id", "user_id", "active_service", "state", "version")
 KnownDomain = Callable[[str], bool]
 
 
 def body_of(envelope: Envelope) -> bytes:
     """The JSON body of one attempt."""
+    return encode(as_object(envelope))
+
+
+def as_object(envelope: Envelope) -> dict[str, Any]:
+    """That body before it is written."""
     session = envelope.session
-    return encode(
-        {
-            "version": VERSION,
-            "id": envelope.id,
-            "message_id": envelope.message_id,
-            "domain": envelope.domain,
-            "attempt": envelope.attempt,
-            "redelivered": envelope.redelivered,
-            "replay": envelope.replay,
-            "received_at": envelope.received_at.isoformat(),
-            "correlation_id": envelope.correlation_id,
-            "session": {
-                "key": session.key,
-                "phone_number_id": session.phone_number_id,
-                "wa_id": session.wa_id,
-                "user_id": session.user_id,
-                "active_service": session.active_service,
-                "state": session.state,
-                "version": session.version,
-            },
-            "contact": envelope.contact,
-            "message": envelope.message,
-        }
-    )
+    return {
+        "version": VERSION,
+        "id": envelope.id,
+        "message_id": envelope.message_id,
+        "domain": envelope.domain,
+        "attempt": envelope.attempt,
+        "redelivered": envelope.redelivered,
+        "replay": envelope.replay,
+        "received_at": envelope.received_at.isoformat(),
+        "correlation_id": envelope.correlation_id,
+        "session": {
+            "key": session.key,
+            "phone_number_id": session.phone_number_id,
+            "wa_id": session.wa_id,
+            "user_id": session.user_id,
+            "active_service": session.active_service,
+            "state": session.state,
+            "version": session.version,
+        },
+        "contact": envelope.contact,
+        "message": envelope.message,
+    }
+
+
+def envelope_of(delivery: Mapping[str, Any]) -> Envelope:
+    """The envelope that `as_object` was made of, but for its trace context, which travels beside it.
+
+    Raises:
+        ValueError: it is no delivery of a version that is known here.
+    """
+    try:
+        if delivery["version"] != VERSION:
+            raise ValueError(f"a delivery of version {delivery['version']!r}, not {VERSION}")
+        session = delivery["session"]
+        return Envelope(
+            id=delivery["id"],
+            message_id=delivery["message_id"],
+            domain=delivery["domain"],
+            session=Session(**{name: session[name] for name in _SESSION}),
+            message=delivery["message"],
+            contact=delivery["contact"],
+            received_at=datetime.fromisoformat(delivery["received_at"]),
+            correlation_id=delivery["correlation_id"],
+            attempt=delivery["attempt"],
+            redelivered=delivery["redelivered"],
+            replay=delivery["replay"],
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"no delivery: {error!r}") from None
+
+
+def answer_of(ack: Ack) -> dict[str, Any]:
+    """The answer that says what this Ack does."""
+    answer: dict[str, Any] = {}
+    if ack.replies:
+        answer["replies"] = [reply.as_message() for reply in ack.replies]
+    change = ack.session
+    if change is not None:
+        said = (("active_service", change.active_service), ("state", change.state))
+        answer["session"] = {name: value for name, value in said if value is not UNCHANGED}
+    return answer
 
 
 def read_answer(body: bytes, known_domain: KnownDomain) -> Ack | Unreadable:
@@ -53,6 +97,11 @@ def read_answer(body: bytes, known_domain: KnownDomain) -> Ack | Unreadable:
         answer = orjson.loads(body)
     except orjson.JSONDecodeError:
         return Unreadable("the answer is not JSON")
+    return read_object(answer, known_domain)
+
+
+def read_object(answer: Any, known_domain: KnownDomain) -> Ack | Unreadable:
+    """The same of an answer that was parsed."""
     if not isinstance(answer, dict):
         return Unreadable("the answer is not an object")
     replies = _replies(answer.get("replies"))

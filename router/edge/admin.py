@@ -52,6 +52,7 @@ def admin_app(router: Router, *, is_ready: Callable[[], bool]) -> QuartTrio:
             "live_sessions": statistics.live_sessions,
             "waiting_for": dict(statistics.waiting_for),
             "breakers": dict(statistics.breakers),
+            "attached": dict(statistics.attached),
         }
         ingress = {
             "status": UNHEALTHY if router.refuses else HEALTHY,

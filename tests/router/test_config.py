@@ -478,6 +478,7 @@ def test_the_shipped_example_is_complete_and_has_the_defaults(tmp_path: Path) ->
         "KIGALI_VERIFY_TOKEN": "k",
         "RIDES_SECRET": WHSEC,
         "WHATSAPP_ACCESS_TOKEN": "EAAG",
+        "JOBS_TOKEN": "b7c1f0",
     }
     config = load_config(file=EXAMPLE, environ=environ, overrides={}, directory=tmp_path)
     assert [app.name for app in config.apps] == ["default", "kigali"]
@@ -485,11 +486,45 @@ def test_the_shipped_example_is_complete_and_has_the_defaults(tmp_path: Path) ->
     assert config.sender == SenderConfig(url="https://graph.facebook.com/v23.0", token="EAAG")
     assert config.routing == replace(RoutingConfig(), buttons={"BOOK_NOW": "rides", "BACK": "home"})
     plain = load_config(file=None, environ=ENV, overrides={}, directory=tmp_path)
-    for name in ("host", "port", "admin_host", "admin_port", "data_dir", "session_ttl_hours", "delivery"):
+    assert config.services["jobs"].token == "b7c1f0"
+    plain_names = ("host", "port", "admin_host", "admin_port", "services_host", "services_port", "data_dir")
+    for name in (*plain_names, "session_ttl_hours", "delivery"):
         assert getattr(config, name) == getattr(plain, name)
     written = tomllib.loads(EXAMPLE.read_text())
     assert set(written["limits"]) == {limit.name for limit in fields(LimitsConfig)}
     assert set(written["routing"]) == {part.name for part in fields(RoutingConfig)}
+
+
+@each(
+    ("file", "environ", "problem"),
+    [
+        ("token_env = 'JOBS_TOKEN'", {}, "JOBS_TOKEN: is not set, and services.jobs.token_env names it"),
+        ("token_env = 'JOBS_TOKEN'", {"JOBS_TOKEN": ""}, "JOBS_TOKEN: is empty"),
+        ("token_env = 'secret!'", {}, "services.jobs.token_env: is not the name of an environment variable"),
+        (
+            "token_env = 'JOBS_TOKEN'",
+            {"JOBS_TOKEN": "a b"},
+            "services.jobs.token_env: has characters that no token",
+        ),
+        (
+            "token_env = 'JOBS_TOKEN'\nurl = 'http://a/'",
+            {"JOBS_TOKEN": "t"},
+            "services.jobs.token_env: stands beside url",
+        ),
+    ],
+)
+def test_a_service_that_attaches_has_a_token_and_nothing_else(
+    tmp_path: Path, file: str, environ: dict[str, str], problem: str
+) -> None:
+    found = errors(tmp_path, f"[services.jobs]\n{file}", {**ENV, **environ})
+    assert any(line.startswith(problem) for line in found), found
+
+
+def test_the_port_of_services_is_its_own_where_there_are_any(tmp_path: Path) -> None:
+    attached = "services_port = 8081\n[services.jobs]\ntoken_env = 'JOBS_TOKEN'"
+    lines = errors(tmp_path, attached, {**ENV, "JOBS_TOKEN": "t"})
+    assert lines[0].startswith("services_port: 8081 is another port's number too"), lines
+    assert errors(tmp_path, "services_port = 70000", ENV)[0].startswith("services_port: 70000 is not a port")
 
 
 def test_the_words_out_of_the_box_do_not_collide() -> None:

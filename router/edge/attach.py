@@ -1,0 +1,152 @@
+"""The port on which services attach: a WebSocket at `/services/DOMAIN`, opened by the service with its token.
+Carries frames between it and `router.delivery.attached`, and decides nothing about deliveries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, Mapping
+from urllib.parse import unquote, urlsplit
+
+import trio
+from trio_websocket import ConnectionClosed, WebSocketConnection, WebSocketRequest, serve_websocket
+
+from router.delivery.attached import AttachedService, BadFrame
+from router.delivery.connection import MAX_ANSWER_BYTES
+from router.domains import canonical_domain
+from router.observe.logs import get_logger
+
+PATH = "/services/"
+MAX_CONNECTIONS = 64  # of one domain
+_HANDSHAKE_SECONDS = 5.0
+_PING_EVERY = 20.0  # seconds; a service that is silent for two of them is gone
+_PONG_WITHIN = 20.0
+# RFC 6455, 7.4.1
+_GOING_AWAY, _POLICY, _RESTART = 1001, 1008, 1012
+
+_log = get_logger("postroom.attach")
+
+
+class AttachPort:
+    """`may_attach` is false while this process does not deliver: who comes then is asked to come again, and
+    finds the one that does.
+    """
+
+    def __init__(
+        self,
+        services: Mapping[str, AttachedService],
+        *,
+        may_attach: Callable[[], bool],
+        stood_down: Callable[[], Awaitable[None]],
+    ) -> None:
+        """`stood_down` returns when this process has ceased to deliver: who is attached is sent away then."""
+        self._services = services
+        self._may_attach = may_attach
+        self._stood_down = stood_down
+        self._open: set[WebSocketConnection] = set()
+
+    async def serve(
+        self, host: str, port: int, *, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Until cancelled; tells the port. Raises OSError: it cannot be listened on."""
+        async with trio.open_nursery() as nursery:
+            server = await nursery.start(
+                lambda task_status: serve_websocket(
+                    self._handle,
+                    host,
+                    port,
+                    None,
+                    handler_nursery=nursery,
+                    message_queue_size=16,
+                    max_message_size=MAX_ANSWER_BYTES,
+                    connect_timeout=_HANDSHAKE_SECONDS,
+                    disconnect_timeout=_HANDSHAKE_SECONDS,
+                    task_status=task_status,
+                )
+            )
+            task_status.started(server.port)
+            while True:
+                await self._stood_down()
+                for connection in list(self._open):
+                    nursery.start_soon(_close, connection, _RESTART, "another process delivers now")
+
+    async def _handle(self, request: WebSocketRequest) -> None:
+        found = self._service_of(request)
+        if isinstance(found, int):
+            retry = [(b"Retry-After", b"1")] if found == 503 else []
+            await request.reject(found, extra_headers=retry)
+            return
+        connection = await request.accept()
+        self._open.add(connection)
+        try:
+            await _carry(connection, found)
+        finally:
+            self._open.discard(connection)
+
+    def _service_of(self, request: WebSocketRequest) -> AttachedService | int:
+        """The service that may be attached to; the status to refuse with."""
+        path = urlsplit(request.path).path
+        if not path.startswith(PATH):
+            return 404
+        service = self._services.get(canonical_domain(unquote(path.removeprefix(PATH))))
+        if service is None:
+            return 404
+        if not service.is_authorized(_token_of(request)):
+            return 401
+        if not self._may_attach() or service.connections >= MAX_CONNECTIONS:
+            return 503
+        return service
+
+
+def _token_of(request: WebSocketRequest) -> str:
+    for name, value in request.headers:
+        if name.lower() == b"authorization":
+            scheme, _, token = value.decode("latin-1").partition(" ")
+            return token.strip() if scheme.lower() == "bearer" else ""
+    return ""
+
+
+async def _carry(connection: WebSocketConnection, service: AttachedService) -> None:
+    """One connection from its handshake to its end."""
+    # A frame is sent whole by one task, whatever becomes of the delivery that it is of.
+    frames, to_send = trio.open_memory_channel[str](math.inf)  # credit bounds it
+    attachment = service.attach(frames.send_nowait)
+    _log.info("a service has attached", service=service.name, connections=service.connections)
+    reason: str | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_send, connection, to_send)
+            nursery.start_soon(_keep_alive, connection)
+            try:
+                while True:
+                    attachment.receive(await connection.get_message())
+            except BadFrame as wrong:
+                reason = str(wrong)
+                await _close(connection, _POLICY, reason)
+            nursery.cancel_scope.cancel()
+    except* ConnectionClosed:
+        pass
+    finally:
+        service.detach(attachment)
+        _log.info(
+            "a service has detached", service=service.name, connections=service.connections, reason=reason
+        )
+
+
+async def _send(connection: WebSocketConnection, frames: trio.MemoryReceiveChannel[str]) -> None:
+    async for frame in frames:
+        await connection.send_message(frame)
+
+
+async def _keep_alive(connection: WebSocketConnection) -> None:
+    while True:
+        await trio.sleep(_PING_EVERY)
+        with trio.move_on_after(_PONG_WITHIN) as waited:
+            await connection.ping()
+        if waited.cancelled_caught:
+            await _close(connection, _GOING_AWAY, "no pong")
+
+
+async def _close(connection: WebSocketConnection, code: int, reason: str) -> None:
+    with trio.move_on_after(_HANDSHAKE_SECONDS):
+        await connection.aclose(code, reason)
