@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import trio
 
-from .breaker import Breaker, BreakerState
+from .breaker import Breaker, BreakerState, RetryBudget
 from .errors import NotOwner
 from .kernel import Address, MailboxClosed, Promise
 from .messages import Ack, Envelope, Outcome, Reject, Retry
@@ -113,6 +113,7 @@ class Service:
         self._policy = policy
         self._may_attempt = may_attempt
         self._on_taken = on_taken
+        self._budget = RetryBudget()
 
     @property
     def room(self) -> int:
@@ -145,6 +146,7 @@ class Service:
     async def _deliver(self, handler: Handler, envelope: Envelope) -> Result:
         started = trio.current_time()
         attempts = counted = 0
+        self._budget.delivery()
         while True:
             if not self._may_attempt():
                 raise NotOwner(self.name)
@@ -152,11 +154,11 @@ class Service:
             if ticket is None:
                 return self._deferred(attempts)
             attempts += 1
-            outcome = None
+            outcome, began = None, trio.current_time()
             try:
                 outcome = await self._attempt(handler, envelope, attempts, started)
             finally:
-                self.breaker.record(ticket, *_verdict(outcome))
+                self.breaker.record(ticket, *_verdict(outcome), seconds=trio.current_time() - began)
             if isinstance(outcome, Ack):
                 return Delivered(outcome, attempts)
             if isinstance(outcome, Unreadable):
@@ -170,7 +172,7 @@ class Service:
                     return self._deferred(attempts)
             elapsed = trio.current_time() - started
             wait = self._policy.next_attempt(counted, elapsed, self._deadline, outcome.after)
-            if wait is None:
+            if wait is None or (outcome.after is None and not self._budget.spend()):
                 asked = outcome.after
                 put_off = None if asked is None else self._policy.put_off(asked)
                 return Undelivered(outcome.reason, attempts, put_off)

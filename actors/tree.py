@@ -12,7 +12,7 @@ from itertools import count
 
 import trio
 
-from .breaker import Breaker
+from .breaker import Breaker, Trips
 from .completer import Completer
 from .deferrals import Deferrals
 from .dispatcher import Dispatcher
@@ -31,7 +31,7 @@ from .session import SessionActor
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceSpec:
     """One service: times in seconds; `waiting` deliveries wait for a lane, more stay in the journal.
-    `breaker_failures` attempts that fail in a row open its breaker; `strict`: a conversation waits behind its
+    `trips` opens its breaker; `strict`: a conversation waits behind its
     dead letters.
     """
 
@@ -43,7 +43,7 @@ class ServiceSpec:
     waiting: int
     redelivery: RedeliveryPolicy
     strict: bool
-    breaker_failures: int
+    trips: Trips
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,7 +223,7 @@ class DeliveryTree:
             max_age=spec.max_age,
             policy=spec.policy,
             breaker=Breaker(
-                spec.breaker_failures,
+                Trips(spec.breaker_failures),
                 pause=self._spec.retry.pause,
                 clock=trio.current_time,
                 on_change=self._sender_breaker_changed,
@@ -278,7 +278,7 @@ class DeliveryTree:
                 redelivery=service.redelivery,
                 strict=service.strict,
                 breaker=Breaker(
-                    service.breaker_failures,
+                    service.trips,
                     pause=spec.retry.pause,
                     clock=trio.current_time,
                     on_change=partial(self._breaker_changed, service.name),

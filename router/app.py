@@ -12,7 +12,7 @@ from typing import Any
 
 import trio
 
-from actors.breaker import Breaker, BreakerState
+from actors.breaker import Breaker, BreakerState, Trips
 from actors.errors import JournalUnavailable, SpoolUnavailable
 from actors.ingress import Ingress, IngressStatistics
 from actors.kernel import Address, ChildSpec, Strategy, Supervisor
@@ -542,7 +542,12 @@ def _service_spec(service: ServiceConfig, lane: Any) -> ServiceSpec:
         waiting=max(2 * service.lanes, 16),
         redelivery=REDELIVERY[service.dead_letters],
         strict=service.order == "strict",
-        breaker_failures=service.breaker_failures,
+        trips=Trips(
+            service.breaker_failures,
+            failure_ratio=service.breaker_failure_ratio,
+            slow_after=None if service.breaker_slow_ms is None else service.breaker_slow_ms / 1000,
+            slow_ratio=service.breaker_slow_ratio,
+        ),
     )
 
 

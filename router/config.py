@@ -78,7 +78,9 @@ class ServiceConfig:
     `secret` is `whsec_` and base64, as Standard Webhooks writes it; without one deliveries are not signed.
     `dead_letters` names the policy after which they are retried: "standard" or "fast" (router.retry). `order`
     says what a conversation does while it has one: "continue" with this service, or "strict", wait behind it.
-    `breaker_failures` attempts in a row that fail make the router leave the service alone for a while.
+    The router leaves the service alone for a while after `breaker_failures` attempts in a row that failed, or
+    when of the last 50 attempts a share of `breaker_failure_ratio` failed, or of `breaker_slow_ratio` took
+    `breaker_slow_ms` or longer (None: none is slow).
     """
 
     name: str
@@ -92,6 +94,9 @@ class ServiceConfig:
     dead_letters: str = DEAD_LETTER_POLICIES[0]
     order: str = ORDER_POLICIES[0]
     breaker_failures: int = 5
+    breaker_failure_ratio: float = 0.5
+    breaker_slow_ms: int | None = None
+    breaker_slow_ratio: float = 0.8
     keywords: Words = field(default_factory=dict)
 
 

@@ -26,6 +26,7 @@ WordLists = dict[str, list[str]]
 _TYPE_FIXES: Final = {
     "string_type": ("is not a string", "write it in quotes"),
     "int_type": ("is not a whole number", "write digits, without quotes"),
+    "float_type": ("is not a number", "write it like 0.5, without quotes"),
     "bool_type": ("is not true or false", "write true or false, without quotes"),
     "list_type": ("is not a list", 'write it like ["one", "two"]'),
     "dict_type": ("is not a table", "write it like {en = [...]}, or as a [section]"),
@@ -56,6 +57,9 @@ class ServiceTable(_Strict):
     dead_letters: str = "standard"
     order: str = "continue"
     breaker_failures: int = 5
+    breaker_failure_ratio: float = 0.5
+    breaker_slow_ms: int | None = None
+    breaker_slow_ratio: float = 0.8
     keywords: WordLists = {}
 
 

@@ -173,6 +173,20 @@ def _services(config: Config) -> Iterator[Problem]:
                 f"{service.breaker_failures} is not between 1 and 1000000",
                 "5 suits most services",
             )
+        for name, ratio in (
+            ("breaker_failure_ratio", service.breaker_failure_ratio),
+            ("breaker_slow_ratio", service.breaker_slow_ratio),
+        ):
+            if not 0 < ratio <= 1:
+                yield Problem(
+                    f"{at}.{name}", f"{ratio} is not a share above 0, at most 1", "0.5 is half of them"
+                )
+        if service.breaker_slow_ms is not None and not 1 <= service.breaker_slow_ms < service.timeout_ms:
+            yield Problem(
+                f"{at}.breaker_slow_ms",
+                f"{service.breaker_slow_ms} is not between 1 and timeout_ms ({service.timeout_ms})",
+                "an attempt that takes longer than timeout_ms has failed anyway; lower it, or leave it out",
+            )
         if service.secret is not None and not _is_standard_webhooks_secret(service.secret):
             yield Problem(
                 f"{at}.secret_env",

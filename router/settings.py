@@ -250,6 +250,9 @@ class _Reader:
                 dead_letters=found.dead_letters,
                 order=found.order,
                 breaker_failures=found.breaker_failures,
+                breaker_failure_ratio=found.breaker_failure_ratio,
+                breaker_slow_ms=found.breaker_slow_ms,
+                breaker_slow_ratio=found.breaker_slow_ratio,
                 keywords=_words(KEYWORDS.get(name, {}), found.keywords, languages),
             )
         for name, words in KEYWORDS.items():

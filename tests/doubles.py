@@ -16,7 +16,7 @@ from typing import Any
 import trio
 import trio.testing
 
-from actors.breaker import Breaker
+from actors.breaker import Breaker, Trips
 from actors.completer import Completer
 from actors.deferrals import Deferrals
 from actors.dispatcher import Dispatcher
@@ -501,7 +501,10 @@ class Counterpart:
         return [envelope.text for envelope in self.seen]
 
 
-def service(name: str, open_lane: OpenLane, *, breaker_failures: int = 1_000, **changes: Any) -> Service:
+STAYS_CLOSED = Trips(1_000, failure_ratio=2)
+
+
+def service(name: str, open_lane: OpenLane, *, trips: Trips = STAYS_CLOSED, **changes: Any) -> Service:
     """A service whose dead letters are retried fast. The random source is 1."""
     policy = Backoff(lambda: 1.0)
     arguments: dict[str, Any] = {
@@ -514,7 +517,10 @@ def service(name: str, open_lane: OpenLane, *, breaker_failures: int = 1_000, **
         "redelivery": REDELIVERY["fast"],
         "strict": False,
         "breaker": Breaker(
-            breaker_failures, pause=policy.pause, clock=trio.current_time, on_change=lambda: None
+            trips,
+            pause=policy.pause,
+            clock=trio.current_time,
+            on_change=lambda: None,
         ),
         "may_attempt": lambda: True,
         "on_taken": lambda name, room: None,
@@ -533,7 +539,7 @@ def service_spec(name: str, open_lane: OpenLane, **changes: Any) -> ServiceSpec:
         waiting=5,
         redelivery=REDELIVERY["fast"],
         strict=False,
-        breaker_failures=1_000,
+        trips=STAYS_CLOSED,
     )
     return replace(spec, **changes)
 
@@ -604,7 +610,7 @@ class Rig:
                 timeout=timeout,
                 deadline=deadline,
                 strict=strict,
-                breaker_failures=breaker_failures,
+                trips=Trips(breaker_failures, failure_ratio=2),
                 may_attempt=lambda: self.held_lease,
                 on_taken=lambda service, room: self.dispatcher.taken(service, room),
             )

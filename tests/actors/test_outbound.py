@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from memory_outbox import MemoryOutbox, PhoneNetwork
 
-from actors.breaker import Breaker, BreakerState
+from actors.breaker import Breaker, BreakerState, Trips
 from actors.errors import JournalUnavailable, LeaseLost
 from actors.messages import Later, Refused, SendOutcome, Sent
 from actors.outbound import Outbound
@@ -44,7 +44,7 @@ class Desk:
             max_age=timedelta(hours=1),
             policy=backoff,
             breaker=Breaker(
-                breaker_failures, pause=backoff.pause, clock=trio.current_time, on_change=lambda: None
+                Trips(breaker_failures), pause=backoff.pause, clock=trio.current_time, on_change=lambda: None
             ),
             may_attempt=lambda: self.held,
             clock=virtual_now,

@@ -25,7 +25,7 @@ from doubles import (
     tree_spec,
 )
 
-from actors.breaker import BreakerState
+from actors.breaker import BreakerState, Trips
 from actors.deferrals import Deferrals
 from actors.errors import JournalUnavailable, LeaseLost
 from actors.messages import (
@@ -99,7 +99,7 @@ class Office:
                     lanes=lanes,
                     waiting=waiting,
                     strict=strict,
-                    breaker_failures=breaker_failures,
+                    trips=Trips(breaker_failures, failure_ratio=2),
                 )
                 for name, service in self.services.items()
             ),

@@ -10,7 +10,7 @@ import trio
 import trio.testing
 from doubles import START, Counterpart, service
 
-from actors.breaker import BreakerState
+from actors.breaker import MINIMUM, RETRY_RESERVE, RETRY_SHARE, BreakerState, Trips
 from actors.errors import NotOwner
 from actors.kernel import ActorDied, ChildSpec, MailboxFull, Strategy, Supervisor
 from actors.messages import Ack, Envelope, Reject, Reply, Retry, Session
@@ -24,7 +24,13 @@ class Office:
     """One service and its counterpart. The random source is 1, so the waits are 0.25 and 0.5 seconds."""
 
     def __init__(
-        self, *, lanes: int = 1, waiting: int = 10, takes: float = 0.0, breaker_failures: int = 1_000
+        self,
+        *,
+        lanes: int = 1,
+        waiting: int = 10,
+        takes: float = 0.0,
+        breaker_failures: int = 1_000,
+        trips: Trips | None = None,
     ) -> None:
         self.counterpart = Counterpart(takes=takes)
         self.held = True
@@ -35,7 +41,7 @@ class Office:
             self.counterpart.lane,
             lanes=lanes,
             waiting=waiting,
-            breaker_failures=breaker_failures,
+            trips=Trips(breaker_failures, failure_ratio=2) if trips is None else trips,
             may_attempt=lambda: self.held,
             on_taken=lambda name, room: self.taken.append((trio.current_time(), room)),
         )
@@ -300,3 +306,42 @@ async def test_a_lane_that_crashes_during_the_only_try_leaves_room_for_another(a
         assert office.service.breaker.state is BreakerState.OPEN
         await trio.sleep(2)
         assert await office.deliver() == Delivered(Ack(), 1)
+
+
+async def test_a_service_that_is_slow_is_left_alone_and_tried(autojump_clock: Clock) -> None:
+    office = Office(takes=3.0, trips=Trips(5, slow_after=3.0))
+    async with office.open():
+        for number in range(MINIMUM):
+            assert await office.deliver(str(number)) == Delivered(Ack(), 1)
+        result = await office.deliver()
+        assert isinstance(result, Deferred)
+        assert "took 3 s or longer" in result.reason
+        office.counterpart.takes = 0.1
+        await trio.sleep(1)
+        assert await office.deliver() == Delivered(Ack(), 1)
+        assert office.service.breaker.state is BreakerState.CLOSED
+
+
+# The budget
+
+
+async def test_where_most_attempts_fail_few_deliveries_are_tried_again(autojump_clock: Clock) -> None:
+    office = Office()
+    for number in range(100):
+        office.script(Retry(), Retry(), Retry(), text=str(number))
+    async with office.open():
+        results = [await office.deliver(str(number)) for number in range(100)]
+    attempts = [result.attempts for result in results if isinstance(result, Undelivered)]
+    assert len(attempts) == 100
+    assert attempts[:10] == [3] * 10
+    retries = sum(attempts) - 100
+    assert RETRY_RESERVE <= retries <= RETRY_RESERVE + 100 * RETRY_SHARE
+    assert len(office.counterpart.seen) == sum(attempts)
+
+
+async def test_what_the_service_asked_for_later_costs_no_retry(autojump_clock: Clock) -> None:
+    office = Office()
+    async with office.open():
+        for number in range(100):
+            office.script(Retry(after=0.5), Ack(), text=str(number))
+            assert await office.deliver(str(number)) == Delivered(Ack(), 2)

@@ -306,6 +306,18 @@ BAD_FILES = [
         "services.rides.order: is not a policy; fix: use one of: continue, strict",
     ),
     (
+        "[services.rides]\nbreaker_failure_ratio = 0",
+        "services.rides.breaker_failure_ratio: 0.0 is not a share above 0, at most 1; fix: 0.5 is half",
+    ),
+    (
+        "[services.rides]\nbreaker_slow_ratio = 'x'",
+        "services.rides.breaker_slow_ratio: is not a number; fix: write it like 0.5, without quotes",
+    ),
+    (
+        "[services.rides]\nbreaker_slow_ms = 4000",
+        "services.rides.breaker_slow_ms: 4000 is not between 1 and timeout_ms (4000); fix: an attempt that",
+    ),
+    (
         "[services.rides]\nbreaker_failures = 0",
         "services.rides.breaker_failures: 0 is not between 1 and 1000000; fix: 5 suits most services",
     ),
