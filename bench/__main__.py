@@ -11,6 +11,7 @@ import click
 from bench import ack as ack_benchmark
 from bench import bridge as bridge_benchmark
 from bench import coldstart as coldstart_benchmark
+from bench import deliver as deliver_benchmark
 from bench import hang as hang_benchmark
 from bench import outage as outage_benchmark
 from bench import recover as recover_benchmark
@@ -155,6 +156,21 @@ def storage(items: int, rounds: int, long_seconds: float, messages: int, json_pa
         items=items, rounds=rounds, long_seconds=long_seconds, messages=messages
     )
     _finish(lambda: storage_benchmark.run(settings, json_path))
+
+
+@main.command()
+@click.option(
+    "--rounds", default=5, show_default=True, type=click.IntRange(1), help="Of each kind, in turns."
+)
+@click.option("--lanes", default=32, show_default=True, type=click.IntRange(1), help="Deliveries at once.")
+@_JSON
+def deliver(rounds: int, lanes: int, json_path: Path | None) -> None:
+    """Signed deliveries with recorded outcomes for a CPU second, beside httpcore and httpx.
+
+    Example: python -m bench deliver --rounds 5
+    """
+    settings = deliver_benchmark.DeliverSettings(rounds=rounds, lanes=lanes)
+    _finish(lambda: deliver_benchmark.run(settings, json_path))
 
 
 @main.command()
