@@ -27,6 +27,7 @@ from router.command import (
     with_config,
 )
 from router.config import Config
+from router.conform import conformance
 from router.dlq import dlq
 from router.erase import erase
 from router.events import events
@@ -46,6 +47,7 @@ def main() -> None:
 
 main.add_command(archive)
 main.add_command(audit)
+main.add_command(conformance)
 main.add_command(dlq)
 main.add_command(erase)
 main.add_command(events)
@@ -103,7 +105,11 @@ def serve(
     configure_logging(form="console" if sys.stderr.isatty() else "json")
     for name, value in config.generated.items():
         say(f"{name}={value}  (made up for this run)")
-    handlers = {name: echo for name, s in config.services.items() if s.url is None} if config.dev else {}
+    handlers = (
+        {name: echo for name, s in config.services.items() if s.url is None and s.token is None}
+        if config.dev
+        else {}
+    )
     run_command(
         partial(
             run_server,

@@ -20,6 +20,7 @@ from trio_websocket import (
     WebSocketConnection,
     wrap_client_stream,
 )
+from wsproto.utilities import ProtocolError
 
 from actors.messages import Ack, Envelope, Outcome, Reject, Reply, Retry, SessionChange
 from router.delivery.attached import frame
@@ -30,8 +31,16 @@ from router.json_text import parse
 _MAX_MESSAGE_BYTES = 8 * 1024 * 1024  # a message of the largest body that Meta sends, with its session
 _FIRST_WAIT, _LONGEST_WAIT = 0.2, 5.0  # seconds between attempts to attach
 _STEADY = 30.0  # seconds after which a connection counts as one that held
-_HANDSHAKE_SECONDS = 10.0
+_HANDSHAKE_SECONDS = 5.0
 _NEVER = frozenset({401, 404})
+_TROUBLES = (
+    HandshakeError,
+    ConnectionClosed,
+    ProtocolError,
+    OSError,
+    trio.TooSlowError,
+    trio.BrokenResourceError,
+)
 
 HandlerFunction = Callable[[Envelope], Awaitable[Outcome]]
 
@@ -76,7 +85,7 @@ async def serve_domain(
         except* ConnectionRejected as group:
             refused = [error.status_code for error in _leaves(group)]
             trouble = f"answered {refused[0]}"
-        except* (HandshakeError, OSError, trio.TooSlowError, trio.BrokenResourceError) as group:
+        except* _TROUBLES as group:
             first = _leaves(group)[0]
             trouble = str(first) or type(first).__name__
         if not _NEVER.isdisjoint(refused):

@@ -143,7 +143,7 @@ def _services(config: Config) -> Iterator[Problem]:
                 "cannot be the name of a domain",
                 "use up to 63 of a-z, 0-9 and _, a letter first, and not menu, home or exit",
             )
-        if service.url is not None and (found := _url_problem(service.url)) is not None:
+        if service.url is not None and (found := url_problem(service.url)) is not None:
             yield Problem(f"{at}.url", *found)
         if service.statuses:
             yield Problem(
@@ -213,7 +213,7 @@ def _services(config: Config) -> Iterator[Problem]:
 def _sender(sender: SenderConfig | None) -> Iterator[Problem]:
     if sender is None:
         return
-    if (found := _url_problem(sender.url, example=GRAPH_API)) is not None:
+    if (found := url_problem(sender.url, example=GRAPH_API)) is not None:
         yield Problem("sender.url", *found)
     elif "?" in sender.url:
         yield Problem("sender.url", "has a ?query", f"write it like {GRAPH_API}")
@@ -240,7 +240,8 @@ def _service_times(at: str, service: ServiceConfig) -> Iterator[Problem]:
         )
 
 
-def _url_problem(url: str, *, example: str = "https://rides.example.com/messages") -> tuple[str, str] | None:
+def url_problem(url: str, *, example: str = "https://rides.example.com/messages") -> tuple[str, str] | None:
+    """What is wrong with the URL of a service, and the fix."""
     example = f"write it like {example}"
     if not url.isascii() or any(char <= " " or char == "\x7f" for char in url):
         return (
@@ -264,6 +265,17 @@ def _url_problem(url: str, *, example: str = "https://rides.example.com/messages
     if parts.fragment:
         return "has a #fragment, which is never sent", "remove it"
     return None
+
+
+def secret_problem(secret: str) -> str | None:
+    """What is wrong with the secret of a service."""
+    if not secret:
+        return "is not set"
+    return (
+        None
+        if _is_standard_webhooks_secret(secret)
+        else "is not a Standard Webhooks secret (whsec_ and base64)"
+    )
 
 
 def _is_standard_webhooks_secret(secret: str) -> bool:

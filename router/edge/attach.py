@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable, Mapping
-from urllib.parse import unquote, urlsplit
+from functools import partial
+from urllib.parse import unquote
 
 import trio
-from trio_websocket import ConnectionClosed, WebSocketConnection, WebSocketRequest, serve_websocket
+from trio_websocket import ConnectionClosed, WebSocketConnection, WebSocketRequest, wrap_server_stream
 
 from router.delivery.attached import AttachedService, BadFrame
 from router.delivery.connection import MAX_ANSWER_BYTES
@@ -18,11 +19,13 @@ from router.observe.logs import get_logger
 
 PATH = "/services/"
 MAX_CONNECTIONS = 64  # of one domain
+_MAX_SHAKING = 128  # connections of which nobody knows yet whose they are
 _HANDSHAKE_SECONDS = 5.0
 _PING_EVERY = 20.0  # seconds; a service that is silent for two of them is gone
 _PONG_WITHIN = 20.0
 # RFC 6455, 7.4.1
 _GOING_AWAY, _POLICY, _RESTART = 1001, 1008, 1012
+_ANOTHER = "another process delivers now"
 
 _log = get_logger("postroom.attach")
 
@@ -44,48 +47,60 @@ class AttachPort:
         self._may_attach = may_attach
         self._stood_down = stood_down
         self._open: set[WebSocketConnection] = set()
+        self._shaking = 0
 
     async def serve(
         self, host: str, port: int, *, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED
     ) -> None:
         """Until cancelled; tells the port. Raises OSError: it cannot be listened on."""
         async with trio.open_nursery() as nursery:
-            server = await nursery.start(
-                lambda task_status: serve_websocket(
-                    self._handle,
-                    host,
-                    port,
-                    None,
-                    handler_nursery=nursery,
-                    message_queue_size=16,
-                    max_message_size=MAX_ANSWER_BYTES,
-                    connect_timeout=_HANDSHAKE_SECONDS,
-                    disconnect_timeout=_HANDSHAKE_SECONDS,
-                    task_status=task_status,
-                )
-            )
-            task_status.started(server.port)
+            listeners = await nursery.start(partial(trio.serve_tcp, self._take, port, host=host, backlog=128))
+            task_status.started(listeners[0].socket.getsockname()[1])
             while True:
                 await self._stood_down()
                 for connection in list(self._open):
-                    nursery.start_soon(_close, connection, _RESTART, "another process delivers now")
+                    nursery.start_soon(_close, connection, _RESTART, _ANOTHER)
 
-    async def _handle(self, request: WebSocketRequest) -> None:
-        found = self._service_of(request)
-        if isinstance(found, int):
-            retry = [(b"Retry-After", b"1")] if found == 503 else []
-            await request.reject(found, extra_headers=retry)
-            return
-        connection = await request.accept()
+    async def _take(self, stream: trio.SocketStream) -> None:
+        """One connection. Whatever becomes of it is its own business: nobody knows yet who that is."""
+        try:
+            if self._shaking >= _MAX_SHAKING:
+                return
+            async with trio.open_nursery() as nursery:
+                await self._shake(nursery, stream)
+                nursery.cancel_scope.cancel()
+        except* Exception as group:
+            _log.debug("a connection of a service failed", error=type(group.exceptions[0]).__name__)
+        finally:
+            await trio.aclose_forcefully(stream)
+
+    async def _shake(self, nursery: trio.Nursery, stream: trio.SocketStream) -> None:
+        self._shaking += 1
+        try:
+            with trio.fail_after(_HANDSHAKE_SECONDS):
+                request = await wrap_server_stream(
+                    nursery, stream, message_queue_size=16, max_message_size=MAX_ANSWER_BYTES
+                )
+                found = self._service_of(request)
+                if isinstance(found, int):
+                    retry = [(b"Retry-After", b"1")] if found == 503 else []
+                    await request.reject(found, extra_headers=retry)
+                    return
+                connection = await request.accept()
+        finally:
+            self._shaking -= 1
         self._open.add(connection)
         try:
-            await _carry(connection, found)
+            if self._may_attach():  # still
+                await _carry(connection, found)
+            else:
+                await _close(connection, _RESTART, _ANOTHER)
         finally:
             self._open.discard(connection)
 
     def _service_of(self, request: WebSocketRequest) -> AttachedService | int:
         """The service that may be attached to; the status to refuse with."""
-        path = urlsplit(request.path).path
+        path = request.path.partition("?")[0]
         if not path.startswith(PATH):
             return 404
         service = self._services.get(canonical_domain(unquote(path.removeprefix(PATH))))

@@ -6,9 +6,12 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import pytest
@@ -286,6 +289,69 @@ async def test_a_domain_has_so_many_connections_at_most(monkeypatch: pytest.Monk
     async with opened() as port, attached(port), attached(port):
         await port.until(2)
         assert await refused(port) == 503
+
+
+def handshake(path: str, *more: str) -> bytes:
+    lines = [
+        f"GET {path} HTTP/1.1", "Host: x", "Upgrade: websocket", "Connection: Upgrade",
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13", *more,
+    ]  # fmt: skip
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+@each(
+    "sent",
+    [
+        b"",
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"\x16\x03\x01\x02",
+        handshake("//["),
+        handshake("/services/%ff%00"),
+        handshake("/services/rides"),
+        handshake("/services/nobody"),
+        handshake("/services/rides", "Authorization: Bearer x"),
+        handshake("/services/rides", f"Authorization: Bearer {TOKEN}"),
+    ],
+)
+async def test_who_goes_in_the_middle_disturbs_nobody(sent: bytes) -> None:
+    """With a reset, as a port scan or a health check does."""
+
+    async def rides(delivery: Envelope) -> Ack:
+        return Ack()
+
+    async with opened() as port, served(port, rides):
+        host, _, number = port.url.removeprefix("ws://").partition(":")
+        for pause in (0.0, 0.05):
+            stream = await trio.open_tcp_stream(host, int(number))
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            await stream.send_all(sent)
+            await trio.sleep(pause)
+            await trio.aclose_forcefully(stream)
+        await trio.sleep(0.05)
+        await port.until(1)
+        assert await attempted(port, envelope()) == [Ack()]
+
+
+async def test_a_client_goes_on_after_whatever_answers() -> None:
+    troubles: list[str] = []
+    answers = iter([b"no HTTP at all\r\n\r\n", b"", b"HTTP/1.1 500 Oh\r\nContent-Length: 0\r\n\r\n"])
+
+    async def answer(stream: trio.SocketStream) -> None:
+        with suppress(trio.BrokenResourceError):
+            await stream.receive_some(4_096)
+            await stream.send_all(next(answers, b""))
+
+    async def rides(delivery: Envelope) -> Ack:
+        return Ack()
+
+    with trio.fail_after(HANGS):
+        async with trio.open_nursery() as nursery:
+            [listener] = await nursery.start(partial(trio.serve_tcp, answer, 0, host="127.0.0.1"))
+            url = f"ws://127.0.0.1:{listener.socket.getsockname()[1]}"
+            nursery.start_soon(lambda: serve_domain(url, "rides", rides, TOKEN, on_trouble=troubles.append))
+            while len(troubles) < 3:
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
 
 
 async def test_what_is_no_websocket_is_answered_and_nobody_else_is_disturbed() -> None:
