@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from .messages import (
     Appended,
@@ -108,6 +108,14 @@ class Journal(Protocol):
 
     async def load_sessions(self, keys: Sequence[str]) -> Mapping[str, tuple[Session, datetime]]:
         """The stored sessions among `keys`, each with the time of its last interaction."""
+
+
+@runtime_checkable
+class Gated(Protocol):
+    """A handler that cannot always take a delivery: it is asked before one is taken for it."""
+
+    async def ready(self) -> None:
+        """Return when it could; cancelled, it is tried all the same."""
 
 
 class Outbox(Protocol):

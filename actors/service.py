@@ -14,7 +14,7 @@ from .breaker import Breaker, BreakerState, RetryBudget
 from .errors import NotOwner
 from .kernel import Address, MailboxClosed, Promise
 from .messages import Ack, Envelope, Outcome, Reject, Retry
-from .ports import Handler, RedeliveryPolicy, RetryPolicy, Unreadable
+from .ports import Gated, Handler, RedeliveryPolicy, RetryPolicy, Unreadable
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +114,8 @@ class Service:
         self._may_attempt = may_attempt
         self._on_taken = on_taken
         self._budget = RetryBudget()
+        self._gates: set[trio.CancelScope] = set()
+        self._draining = False
 
     @property
     def room(self) -> int:
@@ -132,7 +134,10 @@ class Service:
 
     async def _lane(self) -> None:
         async with self._open_lane() as handler:
+            gated = handler if isinstance(handler, Gated) else None
             while True:
+                if gated is not None:
+                    await self._until_ready(gated)
                 try:
                     [delivery] = await self.address.mailbox.drain(1)
                 except MailboxClosed:
@@ -142,6 +147,21 @@ class Service:
                     delivery.promise.answer(await self._deliver(handler, delivery.envelope))
                 except NotOwner as refusal:
                     delivery.promise.fail(refusal)
+
+    async def _until_ready(self, handler: Gated) -> None:
+        with trio.CancelScope() as scope:
+            self._gates.add(scope)
+            if self._draining:
+                scope.cancel()
+            await handler.ready()
+        self._gates.discard(scope)
+
+    def drain(self) -> None:
+        """Take no more; what waits is attempted still."""
+        self._draining = True
+        for scope in self._gates:
+            scope.cancel()
+        self.address.mailbox.close()
 
     async def _deliver(self, handler: Handler, envelope: Envelope) -> Result:
         started = trio.current_time()

@@ -293,7 +293,7 @@ class DeliveryTree:
         supervisor = Supervisor(
             "services",
             [
-                ChildSpec(name, service.run, service.address.mailbox.close, service.address.bury)
+                ChildSpec(name, service.run, service.drain, service.address.bury)
                 for name, service in self.services.items()
             ],
             strategy=Strategy.ONE_FOR_ONE,
@@ -306,7 +306,7 @@ class DeliveryTree:
     def _drain_services(self) -> None:
         self._draining.add("services")
         for service in self.services.values():
-            service.address.mailbox.close()
+            service.drain()
 
     async def _run_loader(self) -> None:
         await self._loader.run(

@@ -46,25 +46,25 @@ class _UnderWay:
 
 
 class Attachment:
-    """One connection of a service. `send` takes a frame at once, and sends it when it can."""
+    """One connection of a service. `send` takes a frame at once and sends it when it can; `on_credit` is
+    told when there is more.
+    """
 
-    def __init__(self, send: Callable[[str], None], *, known_domain: KnownDomain) -> None:
+    def __init__(
+        self, send: Callable[[str], None], *, known_domain: KnownDomain, on_credit: Callable[[], None]
+    ) -> None:
         self._send = send
         self._known_domain = known_domain
-        self._credit = trio.Semaphore(0)
+        self._on_credit = on_credit
         self._under_way: dict[str, _UnderWay] = {}
-        self.gone = trio.Event()
-
-    @property
-    def free(self) -> int:
-        """How many deliveries it would take at once now."""
-        return self._credit.value
+        self.free = 0
+        """How many deliveries it takes now."""
+        self.gone = False
 
     async def deliver(self, envelope: Envelope) -> Outcome | Unreadable:
-        """One attempt. Raises Detached. Cancelled, an answer that comes later is nobody's."""
-        await self._credit.acquire()
-        if self.gone.is_set():
-            raise Detached
+        """One attempt, for which there has to be credit. Raises Detached. Cancelled, an answer that comes
+        later is nobody's."""
+        self.free -= 1
         mine = self._under_way[envelope.id] = _UnderWay()
         try:
             self._send(encode({"type": "deliver", "delivery": as_object(envelope)}).decode())
@@ -101,8 +101,8 @@ class Attachment:
     def _grant(self, credit: Any) -> None:
         if not isinstance(credit, int) or isinstance(credit, bool) or credit < 1:
             raise BadFrame("credit is not a number of deliveries, 1 or more")
-        for _ in range(min(credit, MAX_CREDIT - self._credit.value)):
-            self._credit.release()
+        self.free = min(self.free + credit, MAX_CREDIT)
+        self._on_credit()
 
     def _outcome(self, kind: str, said: Mapping[str, Any]) -> Outcome | Unreadable:
         if kind == "ack":
@@ -120,13 +120,10 @@ class Attachment:
 
     def detach(self) -> None:
         """It is gone: nothing of what is under way is answered any more."""
-        self.gone.set()
+        self.gone = True
+        self.free = 0
         for one in self._under_way.values():
             one.answered.set()
-        for _ in range(MAX_CREDIT):  # who waits for credit is told
-            if not self._credit.statistics().tasks_waiting:
-                break
-            self._credit.release()
 
 
 class AttachedService:
@@ -138,7 +135,8 @@ class AttachedService:
         self._known_domain = known_domain
         self._attached: list[Attachment] = []
         self._last: OrderedDict[str, Attachment] = OrderedDict()
-        self._came = trio.Event()
+        self._places = 0  # that lanes hold, for which credit is kept
+        self._changed = trio.Event()
 
     def is_authorized(self, token: str) -> bool:
         """Compared in constant time."""
@@ -150,45 +148,92 @@ class AttachedService:
 
     def attach(self, send: Callable[[str], None]) -> Attachment:
         """A new connection, until `detach`."""
-        attachment = Attachment(send, known_domain=self._known_domain)
+        attachment = Attachment(send, known_domain=self._known_domain, on_credit=self._wake)
         self._attached.append(attachment)
-        self._came.set()
         return attachment
 
     def detach(self, attachment: Attachment) -> None:
         self._attached.remove(attachment)
-        if not self._attached:
-            self._came = trio.Event()
         attachment.detach()
-
-    async def attempt(self, envelope: Envelope) -> Outcome | Unreadable:
-        with trio.move_on_after(_PATIENCE):
-            await self._came.wait()
-        if not self._attached:
-            return Retry(reason="the service is not attached")
-        try:
-            return await self._connection_of(envelope.session.key).deliver(envelope)
-        except Detached:
-            return Retry(reason="the service's connection was closed")
-
-    def _connection_of(self, key: str) -> Attachment:
-        """That which the conversation had last; else the one with the most credit."""
-        attachment = self._last.pop(key, None)
-        if attachment is None or attachment.gone.is_set():
-            attachment = max(self._attached, key=lambda one: one.free)
-        self._last[key] = attachment
-        if len(self._last) > _REMEMBERED:
-            self._last.popitem(last=False)
-        return attachment
 
     def open_lane(self) -> OpenLane:
         """Lanes share the connections; there are as many of them as deliveries may be under way."""
 
         @asynccontextmanager
         async def lane() -> AsyncIterator[Handler]:
-            yield self
+            one = AttachedLane(self)
+            try:
+                yield one
+            finally:
+                one.done()
 
         return lane
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def place(self) -> None:
+        """Return when there is credit that no other lane waits to use. `give_back` ends it."""
+        while sum(one.free for one in self._attached) <= self._places:
+            await self._changed.wait()
+        self._places += 1
+
+    def give_back(self) -> None:
+        self._places -= 1
+        self._wake()
+
+    async def attempt(self, envelope: Envelope) -> Outcome | Unreadable:
+        """An attempt that was given its place back."""
+        with trio.move_on_after(_PATIENCE):
+            while not any(one.free for one in self._attached):
+                await self._changed.wait()
+        if not self._attached:
+            return Retry(reason="the service is not attached")
+        attachment = self._connection_of(envelope.session.key)
+        if attachment is None:
+            return Retry(_PATIENCE, "the service takes no more at the moment")
+        try:
+            return await attachment.deliver(envelope)
+        except Detached:
+            return Retry(reason="the service's connection was closed")
+        except trio.Cancelled:
+            self._last.pop(envelope.session.key, None)  # it hangs: the next attempt goes to another one
+            raise
+
+    def _connection_of(self, key: str) -> Attachment | None:
+        """That which the conversation had last, if it has credit; else the one with the most, if any has."""
+        attachment = self._last.pop(key, None)
+        if attachment is None or not attachment.free:
+            attachment = max(self._attached, key=lambda one: one.free)
+            if not attachment.free:
+                return None
+        self._last[key] = attachment
+        if len(self._last) > _REMEMBERED:
+            self._last.popitem(last=False)
+        return attachment
+
+
+class AttachedLane:
+    """One delivery at a time, and none before there is credit for it: it waits where others can go past."""
+
+    def __init__(self, service: AttachedService) -> None:
+        self._service = service
+        self._has_place = False
+
+    async def ready(self) -> None:
+        if not self._has_place:
+            await self._service.place()
+            self._has_place = True
+
+    def done(self) -> None:
+        if self._has_place:
+            self._has_place = False
+            self._service.give_back()
+
+    async def attempt(self, envelope: Envelope) -> Outcome | Unreadable:
+        self.done()  # the credit that was kept is used now
+        return await self._service.attempt(envelope)
 
 
 def frame(said: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
+import doubles
 import pytest
 import trio
 import trio.testing
@@ -18,8 +19,11 @@ from texts import texts
 
 from actors.messages import Ack, Envelope, Outcome, Reject, Reply, Retry, Session, SessionChange
 from actors.ports import Unreadable
+from actors.service import Deliver, Delivered
 from router.delivery.attached import MAX_CREDIT, AttachedService, Attachment, BadFrame
 from router.delivery.contract import answer_of, as_object, envelope_of, read_object
+
+Clock = trio.testing.MockClock
 
 
 def envelope(number: int = 1, key: str = "100:1", **changes: Any) -> Envelope:
@@ -77,7 +81,7 @@ async def attempted(service: AttachedService, *envelopes: Envelope) -> list[Outc
     return [outcomes[number] for number in range(len(envelopes))]
 
 
-async def test_a_delivery_is_answered(autojump_clock: trio.testing.MockClock) -> None:
+async def test_a_delivery_is_answered(autojump_clock: Clock) -> None:
     rides = service()
     peer = Peer(rides, credit=1)
     async with trio.open_nursery() as nursery:
@@ -196,25 +200,24 @@ async def test_what_was_under_way_on_a_lost_connection_is_to_be_tried_again() ->
     one = Peer(rides, credit=1)
     outcomes: list[Any] = []
 
-    async def attempt(number: int) -> None:
-        outcomes.append(await rides.attempt(envelope(number, "100:1")))
+    async def attempt() -> None:
+        outcomes.append(await rides.attempt(envelope()))
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(attempt, 1)
-        nursery.start_soon(attempt, 2)  # it waits for credit
+        nursery.start_soon(attempt)
         await trio.testing.wait_all_tasks_blocked()
         two = Peer(rides, credit=1)
         one.leave()
-    assert outcomes == [Retry(reason="the service's connection was closed")] * 2
+    assert outcomes == [Retry(reason="the service's connection was closed")]
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(attempt, 1)
+        nursery.start_soon(attempt)
         await trio.testing.wait_all_tasks_blocked()
         two.ack()
     assert outcomes[-1] == Ack()
 
 
 async def test_with_nobody_attached_an_attempt_waits_a_moment_for_one(
-    autojump_clock: trio.testing.MockClock,
+    autojump_clock: Clock,
 ) -> None:
     rides = service()
     assert await rides.attempt(envelope()) == Retry(reason="the service is not attached")
@@ -228,6 +231,66 @@ async def test_with_nobody_attached_an_attempt_waits_a_moment_for_one(
 
         nursery.start_soon(come)
         assert await rides.attempt(envelope()) == Ack()
+
+
+async def test_lanes_take_nothing_that_there_is_no_credit_for(autojump_clock: Clock) -> None:
+    """Eight lanes, credit for one, a second each: nobody's time runs out while it waits for its turn."""
+    rides = service()
+    peer = Peer(rides, credit=1)
+    office = doubles.service("rides", rides.open_lane(), lanes=8, waiting=20, timeout=4.0, deadline=15.0)
+    results: list[Any] = []
+
+    async def work() -> None:
+        done = 0
+        while done < 20:
+            await trio.sleep(0.01)
+            for number in peer.ids[done:]:
+                await trio.sleep(1.0)
+                peer.ack(number)
+                peer.say(type="credit", credit=1)
+                done += 1
+
+    async def deliver(number: int) -> None:
+        one = envelope(number, f"100:{number}")
+        results.append(await office.address.ask_nowait(lambda promise: Deliver(one, promise)))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(office.run)
+        async with trio.open_nursery() as asking:
+            asking.start_soon(work)
+            for number in range(1, 21):
+                asking.start_soon(deliver, number)
+        office.drain()
+    assert results == [Delivered(Ack(), 1)] * 20
+
+
+async def test_lanes_that_wait_for_credit_do_not_hold_up_a_drain(
+    autojump_clock: Clock,
+) -> None:
+    rides = service()
+    office = doubles.service("rides", rides.open_lane(), lanes=8)
+    with trio.fail_after(1):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(office.run)
+            await trio.sleep(0.5)
+            office.drain()
+
+
+async def test_a_connection_that_hangs_loses_its_conversations(
+    autojump_clock: Clock,
+) -> None:
+    rides = service()
+    one, two = Peer(rides, credit=2), Peer(rides, credit=1)
+    with trio.move_on_after(4):
+        await rides.attempt(envelope())
+    assert (one.ids, two.ids) == ([1], [])
+    one.attachment.free = 0
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(rides.attempt, envelope(attempt=2))
+        await trio.sleep(0.1)
+        assert two.ids == [1]
+        two.ack()
+    assert await rides.attempt(envelope(2)) == Retry(1.0, "the service takes no more at the moment")
 
 
 async def test_an_answer_to_an_attempt_that_was_given_up_is_nobodys() -> None:
