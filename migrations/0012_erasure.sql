@@ -15,11 +15,6 @@ COMMENT ON TABLE postroom_erasures IS
     'Hashes of the names of erased persons (postroom_subject_hash): what they sent until then is not taken in again';
 SELECT postroom_protect('postroom_erasures', 'r', 'r', '');
 
--- Items of an event: they stand in the order of events, so that a summary of the pages is enough, which costs next to
--- nothing.
-CREATE INDEX whatsapp_messages_items_event_id ON whatsapp_messages_items
- USING brin (event_id) WITH (pages_per_range = 32, autosummarize = on);
-
 -- A flush with items of erased persons: they are counted as such.
 CREATE FUNCTION postroom_append_erased(
     p_writer uuid, p_flush bigint, p_now timestamptz, p_notify boolean,
@@ -40,9 +35,11 @@ BEGIN
 END $$;
 
 -- One page. Nothing is changed, and the seqs returned, where items are under way: not decided yet, or a dead letter of
--- theirs being delivered. Rows of which the item is not there any more are in an archive.
+-- theirs being delivered; w_ are those of others in the same bodies, which somebody may hold as they were. Rows of which
+-- the item is not there any more are in an archive.
 CREATE FUNCTION postroom_erase_items(
-    p_seq bigint[], p_received timestamptz[], e_id bigint[], e_received timestamptz[], e_body bytea[]
+    p_seq bigint[], p_received timestamptz[], w_seq bigint[], w_received timestamptz[],
+    e_id bigint[], e_received timestamptz[], e_body bytea[]
 ) RETURNS bigint[] LANGUAGE plpgsql SET enable_seqscan = off AS $$
 DECLARE
     under_way bigint[];
@@ -52,7 +49,7 @@ BEGIN
     -- No flush and no completion is under way: what is seen here is what there is.
     PERFORM pg_advisory_xact_lock(7305, 1), pg_advisory_xact_lock(7305, 2);
     SELECT array_agg(i.seq ORDER BY i.seq) INTO under_way
-      FROM unnest(p_seq, p_received) AS p (seq, received_at)
+      FROM unnest(p_seq || w_seq, p_received || w_received) AS p (seq, received_at)
       JOIN whatsapp_messages_items i ON i.seq = p.seq AND i.received_at = p.received_at
       LEFT JOIN message_outcomes o ON o.seq = p.seq AND o.received_at = p.received_at
       LEFT JOIN webhook_dlq d ON d.seq = p.seq
@@ -104,6 +101,33 @@ BEGIN
     RETURN NULL;
 END $$;
 
+-- Where items of an archive are now of which the dead letter is gone, by seq: the file says where they were.
+ALTER TABLE postroom_archives ADD COLUMN moved jsonb NOT NULL DEFAULT '{}';
+
+-- As in 0007, and what a letter knows of an item in an archive is kept there.
+CREATE OR REPLACE FUNCTION postroom_clean_dead_letters(
+    p_epoch bigint, p_before timestamptz, p_after bigint, p_limit integer, OUT removed integer, OUT last bigint
+) LANGUAGE plpgsql SET enable_seqscan = off AS $$
+DECLARE
+    page bigint[];
+BEGIN
+    PERFORM postroom_require_epoch(p_epoch);
+    page := ARRAY(SELECT seq FROM webhook_dlq WHERE seq > p_after ORDER BY seq LIMIT p_limit);
+    WITH gone AS (
+        DELETE FROM webhook_dlq
+         WHERE seq = ANY (page) AND updated_at < p_before AND (status = 'reprocessed' OR resolution = 'discarded')
+        RETURNING seq, item_outcome
+    ), kept AS (
+        UPDATE postroom_archives a SET moved = a.moved || m.moved
+          FROM (SELECT b.name, jsonb_object_agg(g.seq, g.item_outcome) AS moved
+                  FROM gone g JOIN postroom_archives b ON b.seqs @> g.seq
+                 WHERE g.item_outcome IS NOT NULL GROUP BY b.name) m
+         WHERE a.name = m.name
+    )
+    SELECT count(*) INTO removed FROM gone;
+    last := page[cardinality(page)];
+END $$;
+
 -- The same for an archive, whose files were written again: p_bucket and p_outcome are what the old ones say of the items
 -- that were erased. False: a dead letter of theirs is being delivered.
 CREATE FUNCTION postroom_erase_archived(
@@ -120,8 +144,10 @@ BEGIN
     WITH letters AS (
         DELETE FROM webhook_dlq d WHERE d.seq = ANY (p_seq) RETURNING d.seq, d.item_outcome
     ), items AS (
-        SELECT p.bucket, coalesce(l.item_outcome, p.outcome) AS outcome
-          FROM unnest(p_seq, p_bucket, p_outcome) AS p (seq, bucket, outcome) LEFT JOIN letters l ON l.seq = p.seq
+        SELECT p.bucket, coalesce(l.item_outcome, a.moved ->> p.seq::text, p.outcome) AS outcome
+          FROM unnest(p_seq, p_bucket, p_outcome) AS p (seq, bucket, outcome)
+          JOIN postroom_archives a ON a.name = p_name
+          LEFT JOIN letters l ON l.seq = p.seq
     )
     SELECT jsonb_object_agg(c.key, c.n) INTO less
       FROM (SELECT 'items_' || coalesce(bucket, 'open') AS key, count(*) AS n FROM items GROUP BY bucket
@@ -132,7 +158,7 @@ BEGIN
              UNION ALL
             SELECT 'items_erased', -count(*) FROM items) c;
     UPDATE postroom_archives a
-       SET tables = p_tables,
+       SET tables = p_tables, moved = a.moved - p_seq::text[],
            tallies = (SELECT coalesce(jsonb_object_agg(k.key, coalesce((a.tallies ->> k.key)::bigint, 0)
                                                               - coalesce((less ->> k.key)::bigint, 0)), '{}')
                         FROM (SELECT jsonb_object_keys(a.tallies) UNION SELECT jsonb_object_keys(less)) AS k (key))
@@ -165,32 +191,38 @@ BEGIN
     NOTIFY postroom_erasures;
 END $$;
 
--- The end: what the person is known by goes, unless something came since the last look (from p_event and p_seq on), which
--- false says. The rows of p_replies, p_letters and p_statuses go with it.
+-- The end: what the person is known by goes, unless bodies came since the last look (from p_event on) that may mention
+-- them: these are returned. The rows of p_replies, p_letters and p_statuses go with it; p_named are the sessions of
+-- others, as of groups, in which the person wrote last.
 CREATE FUNCTION postroom_forget(
-    p_now timestamptz, p_names text[], p_keys text[], p_needles bytea[], p_escapes bytea[], p_event bigint, p_seq bigint,
-    p_replies bigint[], p_letters uuid[], s_number text[], s_message_id text[], p_actor text, p_detail jsonb
-) RETURNS boolean LANGUAGE plpgsql SET enable_seqscan = off AS $$
+    p_now timestamptz, p_names text[], p_keys text[], p_needles bytea[], p_escapes bytea[], p_event bigint,
+    p_named text[], p_replies bigint[], p_letters uuid[], s_number text[], s_message_id text[], p_actor text, p_detail jsonb
+) RETURNS bigint[] LANGUAGE plpgsql SET enable_seqscan = off AS $$
+DECLARE
+    hits bigint[];
 BEGIN
     PERFORM pg_advisory_xact_lock(7305, 1), pg_advisory_xact_lock(7305, 2);
-    IF EXISTS (SELECT FROM wa_events e WHERE e.event_id >= p_event
-                  AND EXISTS (SELECT FROM unnest(p_needles || p_escapes) AS n (needle)
-                               WHERE position(n.needle IN e.body) > 0))
-       OR EXISTS (SELECT FROM whatsapp_messages_items i WHERE i.seq >= p_seq AND i.session_key = ANY (p_keys)) THEN
-        RETURN false;
+    hits := ARRAY(SELECT e.event_id FROM wa_events e WHERE e.event_id >= p_event
+                     AND EXISTS (SELECT FROM unnest(p_needles || p_escapes) AS n (needle)
+                                  WHERE position(n.needle IN e.body) > 0)
+                   ORDER BY e.event_id LIMIT 100);
+    IF cardinality(hits) > 0 THEN
+        RETURN hits;
     END IF;
     DELETE FROM webhook_dlq WHERE id = ANY (p_letters);
-    DELETE FROM whatsapp_outbox WHERE id = ANY (p_replies) OR session_key = ANY (p_keys);
+    DELETE FROM whatsapp_outbox WHERE id = ANY (p_replies);
+    DELETE FROM whatsapp_outbox WHERE session_key = ANY (p_keys);
     DELETE FROM whatsapp_statuses t USING unnest(s_number, s_message_id) AS s (number, message_id)
      WHERE t.phone_number_id = s.number AND t.message_id = s.message_id;
     DELETE FROM user_sessions WHERE session_key = ANY (p_keys);
-    UPDATE user_sessions SET wa_id = NULL WHERE wa_id = ANY (p_names);  -- of groups, where they wrote last
-    UPDATE user_sessions SET user_id = NULL WHERE user_id = ANY (p_names);
+    UPDATE user_sessions SET wa_id = CASE WHEN wa_id = ANY (p_names) THEN NULL ELSE wa_id END,
+                             user_id = CASE WHEN user_id = ANY (p_names) THEN NULL ELSE user_id END
+     WHERE session_key = ANY (p_named);
     DELETE FROM session_names WHERE session_key = ANY (p_keys);
     PERFORM postroom_bury(p_now, p_names);
     INSERT INTO audit_log (acted_at, actor, action, object_type, object_id, detail)
     VALUES (p_now, p_actor, 'erase', 'person', postroom_subject_hash(p_names[1]), p_detail);
-    RETURN true;
+    RETURN NULL;
 END $$;
 
 -- As in 0008, and not while a person is being taken out of archives: who does that holds (7305, 6).

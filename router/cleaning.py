@@ -4,7 +4,7 @@ and changes none; it blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -15,8 +15,8 @@ from router.json_text import parse, storable
 
 
 class Cleaning:
-    """One archive. `until`: what was received later is left as it is; None: all of it is looked at. Made by
-    reading all of the archive, whose rows are then as `rows` gives them.
+    """One archive without some persons, each with the time until which what was received goes; None: all of
+    it. Made by reading all of the archive, whose rows are then as `rows` gives them.
 
     Raises:
         ArchiveError: it cannot be read.
@@ -27,15 +27,12 @@ class Cleaning:
         files: ArchiveFiles,
         name: str,
         tables: Mapping[str, WrittenTable],
-        redaction: Redaction,
-        *,
-        until: datetime | None = None,
+        persons: Sequence[tuple[Redaction, datetime | None]],
     ) -> None:
         self._files = files
         self._name = name
         self._tables = tables
-        self._redaction = redaction
-        self._until = until
+        self._persons = persons
         self.bodies: dict[int, Redacted] = {}
         """By event: what its body is now."""
         self.items: dict[int, str | None] = {}
@@ -79,14 +76,11 @@ class Cleaning:
         return {table: change for table, change in changes.items() if table in self._tables}
 
     def _look(self) -> None:
-        redaction = self._redaction
         for table in ("bodies", "events"):
             for columns, row in self._all(table):
-                body = columns.of(row, "body")
-                if redaction.may_concern(body) and self._is_meant(columns.of(row, "received_at")):
-                    redacted = redaction.body(body)
-                    if redacted is not None:
-                        self.bodies[columns.of(row, "event_id")] = redacted
+                redacted = self._redacted(columns.of(row, "body"), columns.of(row, "received_at"))
+                if redacted is not None:
+                    self.bodies[columns.of(row, "event_id")] = redacted
         for columns, row in self._all("items") if self.bodies else ():
             redacted = self.bodies.get(columns.of(row, "event_id"))
             bucket = columns.of(row, "bucket")
@@ -96,26 +90,41 @@ class Cleaning:
             if columns.of(row, "seq") in self.items:
                 self.outcomes[columns.of(row, "seq")] = columns.of(row, "outcome")
         for columns, row in self._all("replies"):
-            if self._is_meant(columns.of(row, "created_at")):
-                self._look_at_reply(columns, row)
+            self._look_at_reply(columns, row)
         for columns, row in self._all("subjects"):
-            self._subjects += columns.of(row, "subject") in redaction.names and self._until is None
+            self._subjects += self._is_subject(columns.of(row, "subject"))
+
+    def _redacted(self, body: bytes, received_at: datetime) -> Redacted | None:
+        """The body without all of them; None: it names nobody."""
+        found: Redacted | None = None
+        for redaction in self._of(received_at):
+            one = redaction.body(body) if redaction.may_concern(body) else None
+            if one is not None:
+                found = Redacted(one.body, one.paths | (frozenset() if found is None else found.paths))
+                body = one.body
+        return found
+
+    def _of(self, moment: datetime) -> list[Redaction]:
+        return [redaction for redaction, until in self._persons if until is None or moment <= until]
+
+    def _is_subject(self, name: str) -> bool:
+        """Of a person of whom nothing is left."""
+        return any(until is None and name in redaction.names for redaction, until in self._persons)
 
     def _look_at_reply(self, columns: _Columns, row: Row) -> None:
-        identity, names = columns.of(row, "id"), self._redaction.names
-        own = columns.of(row, "recipient") in names or _is_key_of(columns.of(row, "session_key"), names)
-        if own or columns.of(row, "seq") in self.items:
-            self._replies[identity] = None
-            return
-        payload, error = parse(columns.of(row, "payload").encode()), columns.of(row, "error_message")
-        cleaned = self._redaction.part(payload), self._redaction.text(error or "")
-        if cleaned != (payload, error or ""):
+        identity, seq = columns.of(row, "id"), columns.of(row, "seq")
+        recipient, key = columns.of(row, "recipient"), columns.of(row, "session_key")
+        payload = before = parse(columns.of(row, "payload").encode())
+        error = said = columns.of(row, "error_message") or ""
+        for redaction in self._of(columns.of(row, "created_at")):
+            if seq in self.items or recipient in redaction.names or _is_key_of(key, redaction.names):
+                self._replies[identity] = None
+                return
+            payload, error = redaction.part(payload), redaction.text(error)
+        if (payload, error) != (before, said):
             self._replies[identity] = columns.with_(
-                row, payload=storable(cleaned[0]), error_message=cleaned[1] or None
+                row, payload=storable(payload), error_message=error or None
             )
-
-    def _is_meant(self, received_at: datetime) -> bool:
-        return self._until is None or received_at <= self._until
 
     def _all(self, table: str) -> Iterator[tuple[_Columns, Row]]:
         if table in self._tables:
@@ -141,7 +150,7 @@ class Cleaning:
         return row if redacted is None else columns.with_(row, body=redacted.body, partial=True)
 
     def _subject(self, columns: _Columns, row: Row) -> Row | None:
-        return None if columns.of(row, "subject") in self._redaction.names else row
+        return None if self._is_subject(columns.of(row, "subject")) else row
 
 
 class _Columns:

@@ -27,6 +27,7 @@ from router.command import (
     with_config,
 )
 from router.config import Config
+from router.observe.masking import mask_text
 
 if TYPE_CHECKING:
     from router.operations import Letters, Operations
@@ -164,7 +165,13 @@ def discard(config: Config, as_json: bool, reason: str, **asked: Any) -> None:
     \b
     Example:   postroom dlq discard --all --resolution exhausted --older-than 7d --reason "campaign is over"
     """
-    _act(config, "discarded", as_json, asked, lambda o, ids: o.discard(ids, reason=reason, actor=actor()))
+    _act(
+        config,
+        "discarded",
+        as_json,
+        asked,
+        lambda o, ids: o.discard(ids, reason=mask_text(reason), actor=actor()),
+    )
 
 
 @dlq.command("edit")

@@ -73,6 +73,7 @@ class _Rest:
     letters: list[Any] = field(default_factory=list)
     statuses: list[tuple[str, str]] = field(default_factory=list)
     sessions: int = 0
+    named: list[str] = field(default_factory=list)
     being_delivered: int = 0
     redactions: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
 
@@ -125,6 +126,7 @@ class Eraser:
         await self._run(lambda c: c.execute(_SQL["hold_archives"], timeout=_LONG))
         redaction, keys = await self._person(name)
         await self._require_whole_archives()
+        await self._require_no_copies()
         # First of all: what is taken in from now on and is older is stored without its content.
         self._on_step("bury")
         await self._fetch("bury", self._clock(), sorted(redaction.names))
@@ -139,16 +141,9 @@ class Eraser:
         marks = await self._erase_live(redaction, told, since=0)
         for archive in archives:
             await self._erase_archived(archive, redaction, told)
-        while True:
-            rest = await self._rest(redaction, keys)
-            if not rest.being_delivered:
-                for statement, arguments in rest.redactions:
-                    await self._fetch(statement, *arguments)
-                self._on_step("forget")
-                if await self._forget(redaction, keys, marks, rest, told):
-                    return told
-            await self._wait(_under_way(rest.being_delivered or 1))
-            marks = await self._erase_live(redaction, told, since=marks[0])
+        await self._forget(redaction, keys, marks, told)
+        await self._clean_sessions(redaction, keys)
+        return told
 
     async def _run(self, work: Callable[[asyncpg.Connection], Awaitable[T]]) -> T:
         return await self._operations.run(work)
@@ -164,7 +159,7 @@ class Eraser:
         after = first
         while page := await self._fetch(statement, *after, _READ_AT_ONCE, *arguments):
             for row in page:
-                if row["hit"] or row.get("own"):
+                if row["hit"] or row.get("own") or row.get("named"):
                     yield row
             after = tuple(page[-1][column] for column in key.split())
 
@@ -188,6 +183,14 @@ class Eraser:
             keys |= {f"{number}:{one}" for number in numbers for one in names}
             if (len(names), len(keys)) == before:
                 return Redaction(names), sorted(keys)
+
+    async def _require_no_copies(self) -> None:
+        copies = [row["name"] for row in await self._fetch("restored_copies")]
+        if copies:
+            raise CannotErase(
+                f"{copies[0]} was restored from an archive, and may hold the person; drop it and its "
+                "neighbours first, and erase again"
+            )
 
     # The spool
 
@@ -223,20 +226,17 @@ class Eraser:
         *,
         since: int,
         dry_run: bool = False,
-    ) -> tuple[int, int]:
-        """Items and bodies from the event `since` on. Returns the next event and seq after what was seen."""
-        marks = (await self._fetch("marks"))[0]
-        end: tuple[int, int] = (marks["next_event"], marks["next_seq"])
-        concerned = self._read("events", (since - 1,), "event_id", end[0], redaction.needles, ESCAPES)
+    ) -> int:
+        """Items and bodies from the event `since` on. Returns the next event after what was seen."""
+        end: int = (await self._fetch("marks"))[0]["next_event"]
+        concerned = self._read("events", (since - 1,), "event_id", end, redaction.needles, ESCAPES)
         for page in _pages([row["event_id"] async for row in concerned], _PAGE):
             bodies = await self._fetch("bodies", page)
             redacted = await _in_thread(partial(_redacted_bodies, redaction, bodies))
             paths = {row["event_id"]: changed.paths for row, changed in redacted}
-            erased = [
-                row
-                for row in await self._fetch("items", list(paths))
-                if row["path"] in paths[row["event_id"]]
-            ]
+            items = await self._fetch("items", list(paths))
+            erased = [row for row in items if row["path"] in paths[row["event_id"]]]
+            beside = [row for row in items if row["path"] not in paths[row["event_id"]]]
             told.items += len(erased)
             told.bodies += len(redacted)
             if not dry_run:
@@ -247,6 +247,8 @@ class Eraser:
                         "erase_items",
                         [row["seq"] for row in erased],
                         [row["received_at"] for row in erased],
+                        [row["seq"] for row in beside],
+                        [row["received_at"] for row in beside],
                         [row["event_id"] for row, _ in redacted],
                         [row["received_at"] for row, _ in redacted],
                         [changed.body for _, changed in redacted],
@@ -269,29 +271,47 @@ class Eraser:
             elif (redactions := _redacted(redaction, row)) is not None:
                 rest.redactions.append(("redact_reply", (row["id"], *redactions)))
         async for row in self._read("letters", (_NO_UUID,), "id", keys, names, needles):
+            redactions = None if row["own"] else _redacted(redaction, row)
             if row["own"]:
                 rest.letters.append(row["id"])
-                rest.being_delivered += row["status"] == "processing"
-            elif (redactions := _redacted(redaction, row)) is not None:
+            elif redactions is not None:
                 rest.redactions.append(("redact_letter", (row["id"], *redactions)))
+            if row["own"] or redactions is not None:
+                rest.being_delivered += row["status"] == "processing"
         async for row in self._read("statuses", ("", ""), "phone_number_id message_id", needles):
             if redaction.text(row["message_id"]) != row["message_id"]:
                 rest.statuses.append((row["phone_number_id"], row["message_id"]))
-        async for row in self._read("sessions", ("",), "session_key", keys, needles):
+        await self._look_at_sessions(redaction, keys, rest)
+        return rest
+
+    async def _look_at_sessions(self, redaction: Redaction, keys: list[str], rest: _Rest) -> None:
+        names, needles = sorted(redaction.names), [needle.decode() for needle in redaction.needles]
+        async for row in self._read("sessions", ("",), "session_key", keys, needles, names):
             if row["own"]:
                 rest.sessions += 1
                 continue
+            if row["named"]:
+                rest.named.append(row["session_key"])
             state = parse(row["state"].encode())
             if (cleaned := redaction.part(state)) != state:
-                rest.redactions.append(
-                    ("redact_session", (row["session_key"], row["version"], storable(cleaned)))
-                )
-        return rest
+                changed = (row["session_key"], row["version"], storable(cleaned), row["state"])
+                rest.redactions.append(("redact_session", changed))
 
-    async def _forget(
-        self, redaction: Redaction, keys: list[str], marks: tuple[int, int], rest: _Rest, told: Erasure
-    ) -> bool:
-        forgotten: bool = (
+    async def _redact(self, rest: _Rest) -> bool:
+        """False: something was changed by somebody else meanwhile."""
+        hit = [bool(await self._fetch(name, *arguments)) for name, arguments in rest.redactions]
+        return all(hit)
+
+    async def _forget(self, redaction: Redaction, keys: list[str], marks: int, told: Erasure) -> None:
+        """What is no item, and the names."""
+        while True:
+            rest = await self._rest(redaction, keys)
+            if not rest.being_delivered and await self._redact(rest):
+                break
+            await self._wait(_under_way(rest.being_delivered or 1))
+        self._waits_since = None
+        self._on_step("forget")
+        while (
             await self._fetch(
                 "forget",
                 self._clock(),
@@ -299,7 +319,8 @@ class Eraser:
                 keys,
                 redaction.needles,
                 ESCAPES,
-                *marks,
+                marks,
+                rest.named,
                 rest.replies,
                 rest.letters,
                 [number for number, _ in rest.statuses],
@@ -307,8 +328,22 @@ class Eraser:
                 self._actor,
                 storable(told.as_dict()),
             )
-        )[0][0]
-        return forgotten
+        )[0][0] is not None:
+            # Bodies came that may mention the person: they are looked at, and at once it is tried again.
+            await self._wait("messages come faster than they can be looked at; erase again")
+            marks = await self._erase_live(redaction, told, since=marks)
+
+    async def _clean_sessions(self, redaction: Redaction, keys: list[str]) -> None:
+        """Whoever held the state of somebody else's session may have written it back before it heard."""
+        self._waits_since = None
+        while True:
+            rest = _Rest()
+            await self._look_at_sessions(redaction, keys, rest)
+            if not rest.redactions:
+                return
+            await self._redact(rest)
+            await self._fetch("bury", self._clock(), sorted(redaction.names))  # it is heard again
+            await self._wait("sessions that mention the person are written all the time; erase again")
 
     # Archives
 
@@ -365,7 +400,7 @@ class _Archived:
 
     def look(self, redaction: Redaction, told: Erasure) -> Cleaning:
         """What of it is the person's, counted in `told`."""
-        cleaning = Cleaning(self.files, self.name, self.tables, redaction)
+        cleaning = Cleaning(self.files, self.name, self.tables, [(redaction, None)])
         if cleaning.touched():
             told.archives.append(self.name)
         told.items += len(cleaning.items)
@@ -377,6 +412,8 @@ class _Archived:
         """The manifest says what the database does, and no file is there that nobody names."""
         if self.files.tables(self.name) != self.tables:
             self.replace(self.tables)
+        else:
+            self.files.tidy(self.name)
 
     def write_again(self, cleaning: Cleaning) -> dict[str, WrittenTable] | None:
         """New files, read back, beside the old ones; None: nothing of it is the person's."""
@@ -418,11 +455,14 @@ def _redacted_bodies(redaction: Redaction, bodies: Iterable[Any]) -> list[tuple[
     return [(row, redacted) for row, redacted in found if redacted is not None]
 
 
-def _redacted(redaction: Redaction, row: Mapping[str, Any]) -> tuple[str, str | None] | None:
-    """payload and error_message without the person, of a row that is somebody else's; None: they are."""
+def _redacted(redaction: Redaction, row: Mapping[str, Any]) -> tuple[str, str | None, str, str | None] | None:
+    """payload and error_message without the person, and as they are, of a row that is somebody else's; None:
+    they do not mention the person."""
     payload, error = parse(row["payload"].encode()), row["error_message"]
     cleaned, said = redaction.part(payload), None if error is None else redaction.text(error)
-    return None if (cleaned, said) == (payload, error) else (storable(cleaned), said)
+    if (cleaned, said) == (payload, error):
+        return None
+    return storable(cleaned), said, row["payload"], error
 
 
 def _count(rest: _Rest, told: Erasure) -> None:

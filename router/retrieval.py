@@ -80,7 +80,7 @@ async def _erased_since(operations: Operations, files: ArchiveFiles, name: str) 
                     erased[subject] = at
         if not erased:
             return None
-        return Cleaning(files, name, tables, Redaction(erased), until=max(erased.values()))
+        return Cleaning(files, name, tables, [(Redaction([one]), at) for one, at in erased.items()])
 
     return await trio.to_thread.run_sync(look)
 

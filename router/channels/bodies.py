@@ -79,6 +79,21 @@ def people(part: Any) -> set[str]:
     return found
 
 
+def latest_timestamp(part: Any) -> int | None:
+    """The latest Unix time that a `timestamp` in there says; None: there is none."""
+    latest: int | None = None
+    waiting = [part]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            stamp = seconds(one.get("timestamp"))
+            latest = stamp if latest is None or (stamp is not None and stamp > latest) else latest
+            waiting.extend(one.values())
+        elif isinstance(one, list):
+            waiting.extend(one)
+    return latest
+
+
 def named_by(part: Mapping[str, Any]) -> set[str]:
     """What the persons are known by that the fields of this object name, and none deeper in it."""
     return {name for key in _NAMING & part.keys() if isinstance(name := part[key], str) and name}
@@ -271,3 +286,14 @@ def is_storable(text: str) -> bool:
         text.isprintable()  # neither of them is, and ids are
         or ("\0" not in text and not any("\ud800" <= char <= "\udfff" for char in text))
     )
+
+
+def seconds(value: Any) -> int | None:
+    """Unix seconds as Meta sends them, as text; None when they are no time that Postgres could hold."""
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        return None
+    try:
+        seconds = int(value)
+    except ValueError:
+        return None
+    return seconds if 0 <= seconds < 253_402_300_800 else None  # before the year 10000

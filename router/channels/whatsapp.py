@@ -13,7 +13,19 @@ from typing import Any
 from actors.messages import Bucket, Delivery, Incoming, Kind, StatusUpdate
 from router.json_text import encode, parse
 
-from .bodies import ERASED, Contacts, cut, is_storable, name_in, names_of, text_in, without
+from .bodies import (
+    ERASED,
+    Contacts,
+    cut,
+    is_storable,
+    latest_timestamp,
+    name_in,
+    names_of,
+    people,
+    seconds,
+    text_in,
+    without,
+)
 from .tombstones import Tombstones
 
 OBJECT = "whatsapp_business_account"
@@ -144,8 +156,13 @@ class Splitter:
             return
         field, value = change.get("field"), change.get("value")
         if field != "messages":
-            reason = field if isinstance(field, str) and is_storable(field) else "unknown_field"
-            items.append(self._bucketed(Kind.CHANGE, path, Bucket.HANDLED, reason))
+            known = isinstance(field, str) and is_storable(field)
+            bucket, reason = Bucket.HANDLED, field if known else "unknown_field"
+            if value == ERASED or (
+                self._tombstones.newest and self._is_erased(people(value), latest_timestamp(value))
+            ):
+                bucket, reason = Bucket.ERASED, None
+            items.append(self._bucketed(Kind.CHANGE, path, bucket, reason))
             return
         if not isinstance(value, dict):
             items.append(self._bucketed(Kind.CHANGE, path, Bucket.MALFORMED, "no_value"))
@@ -185,12 +202,14 @@ class Splitter:
             if message == ERASED:
                 return self._bucketed(Kind.MESSAGE, path, Bucket.ERASED, None, number)
             wrong = wrong or ("no_id" if text_in(message, "id") is None else "unstorable_id")
+        contact = contacts.of(message)
+        wa_id, user_id, names = names_of(message, contact)
         if wrong is not None or number is None or message_id is None:
+            if self._tombstones.newest and self._is_erased((wa_id, user_id), message.get("timestamp")):
+                return self._bucketed(Kind.MESSAGE, path, Bucket.ERASED, None, number)
             item = self._bucketed(Kind.MESSAGE, path, Bucket.MALFORMED, wrong, number)
             item.message_id = message_id
             return item
-        contact = contacts.of(message)
-        wa_id, user_id, names = names_of(message, contact)
         item = Incoming(
             _MESSAGE,
             self.message_key(number, message_id),
@@ -214,7 +233,7 @@ class Splitter:
         return item
 
     def _is_erased(self, names: Iterable[str | None], stamp: Any) -> bool:
-        sent_at = _seconds(stamp)
+        sent_at = seconds(stamp)
         if sent_at is None or sent_at > self._tombstones.newest:
             return False
         return any(name is not None and self._tombstones.cover(name, sent_at) for name in names)
@@ -229,9 +248,12 @@ class Splitter:
             message_id is None or name is None or not is_storable(message_id) or not is_storable(name)
         ):
             wrong = "no_id" if message_id is None else "no_status" if name is None else "unstorable_id"
-        if wrong is not None or message_id is None or name is None or number is None:
-            return self._bucketed(Kind.STATUS, path, Bucket.MALFORMED, wrong, number)
         stamp = status.get("timestamp")
+        erased = bool(self._tombstones.newest) and self._is_erased(people(status), stamp)
+        if wrong is not None or message_id is None or name is None or number is None:
+            if erased:
+                return self._bucketed(Kind.STATUS, path, Bucket.ERASED, None, number)
+            return self._bucketed(Kind.STATUS, path, Bucket.MALFORMED, wrong, number)
         item = Incoming(
             Kind.STATUS,
             self.status_key(message_id, name, str(stamp)),
@@ -242,12 +264,10 @@ class Splitter:
             type=name,
             bucket=Bucket.HANDLED,
             reason="status",
-            status=StatusUpdate(name, STATUS_RANK.get(name, 0), _seconds(stamp)),
+            status=StatusUpdate(name, STATUS_RANK.get(name, 0), seconds(stamp)),
         )
-        if self._tombstones.newest:
-            recipients = (text_in(status, "recipient_id"), text_in(status, "recipient_user_id"))
-            if self._is_erased(recipients, stamp):
-                _erase(item)
+        if erased:
+            _erase(item)
         return item
 
     def message_key(self, number: str, message_id: str) -> bytes:
@@ -276,17 +296,6 @@ def _erase(item: Incoming) -> None:
     """What is left is its hash, for the ledger."""
     item.bucket, item.reason, item.names, item.wa_id, item.user_id = Bucket.ERASED, None, (), None, None
     item.message_id = item.message = item.contact = item.status = None
-
-
-def _seconds(value: Any) -> int | None:
-    """Unix seconds as Meta sends them, as text; None when they are no time that Postgres could hold."""
-    if not isinstance(value, str | int) or isinstance(value, bool):
-        return None
-    try:
-        seconds = int(value)
-    except ValueError:
-        return None
-    return seconds if 0 <= seconds < 253_402_300_800 else None  # before the year 10000
 
 
 def challenge(query: Sequence[tuple[str, str]], verify_token: str) -> str | None:

@@ -3,10 +3,14 @@ as from anybody."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from datetime import UTC, datetime
 from hashlib import sha256
 from random import Random
 from typing import Any
+
+from tables import each
 
 from actors.messages import Bucket, Delivery, Kind
 from router.channels.bodies import ERASED, part_at
@@ -36,14 +40,15 @@ def said(sender: str, at: int, **head: Any) -> Json:
 
 
 def split(*messages: Json, names: tuple[str, ...] = (PERSON,), **lists: Any) -> Delivery:
-    splitter = Splitter("default", dedup_key=b"k", is_ours=lambda number: True, tombstones=tombstones(*names))
     change = payloads.change("100", "15550783881", messages=messages, **lists)
-    return splitter.delivery(
-        payloads.body(payloads.entry("1", change)),
-        correlation_id="c-1",
-        traceparent=None,
-        settle=lambda stored: None,
-    )
+    return of(payloads.body(payloads.entry("1", change)), names=names)
+
+
+def of(
+    body: bytes, names: tuple[str, ...] = (PERSON,), is_ours: Callable[[str], bool] = lambda number: True
+) -> Delivery:
+    splitter = Splitter("default", dedup_key=b"k", is_ours=is_ours, tombstones=tombstones(*names))
+    return splitter.delivery(body, correlation_id="c-1", traceparent=None, settle=lambda stored: None)
 
 
 def test_an_old_message_of_somebody_who_was_erased_is_stored_without_content() -> None:
@@ -102,6 +107,43 @@ def test_a_status_of_a_message_to_them_is_erased() -> None:
     ]
     assert delivery.items[0].status is None
     assert part_at(parse(delivery.body), "0.0.s0") == ERASED
+
+
+@each(
+    "change",
+    [
+        {
+            "field": "smb_message_echoes",
+            "value": {"message_echoes": [{"to": PERSON, "timestamp": str(BEFORE)}]},
+        },
+        {"field": "user_preferences", "value": {"wa_id": PERSON, "timestamp": BEFORE}},
+    ],
+)
+def test_other_fields_about_them_are_erased_too(change: dict[str, Any]) -> None:
+    def bucket(one: dict[str, Any]) -> Bucket | None:
+        delivery = of(payloads.body({"id": "1", "changes": [one]}))
+        assert delivery.items[0].bucket is Bucket.HANDLED or PERSON.encode() not in delivery.body
+        return delivery.items[0].bucket
+
+    assert bucket(change) is Bucket.ERASED
+    later = json.loads(json.dumps(change).replace(str(BEFORE), str(AFTER)))
+    assert bucket(later) is Bucket.HANDLED
+    assert bucket(json.loads(json.dumps(change).replace(PERSON, OTHER))) is Bucket.HANDLED
+
+
+def test_what_is_malformed_anyway_is_erased_too() -> None:
+    foreign = payloads.body(payloads.entry("1", payloads.change("666", "1", messages=[said(PERSON, BEFORE)])))
+    unnamed = said(PERSON, BEFORE)
+    del unnamed["id"]
+    for body in (
+        foreign,
+        payloads.body(payloads.entry("1", payloads.change("100", "1", messages=[unnamed]))),
+    ):
+        delivery = of(body, is_ours=lambda number: number == "100")
+        assert [item.bucket for item in delivery.items] == [Bucket.ERASED]
+        assert PERSON.encode() not in delivery.body
+    status = {"status": "read", "timestamp": str(BEFORE), "recipient_id": PERSON}
+    assert split(statuses=[status]).items[0].bucket is Bucket.ERASED
 
 
 def test_what_is_cut_or_spooled_after_that_is_split_the_same_way() -> None:

@@ -418,6 +418,148 @@ async def test_an_old_copy_of_an_archive_is_restored_without_the_person(world: W
     )
 
 
+async def test_an_old_copy_has_what_somebody_wrote_who_came_back(world: World) -> None:
+    await world.erase(PERSON)
+    world.clock.now += timedelta(hours=1)
+    await world.completed(await world.said(PERSON, "I am back"))
+    await world.completed(await world.said(OTHER, "hello"))
+    world.clock.now += 6 * WEEK
+    await world.archive()
+    shutil.copytree(world.home / "archive", world.home / "backup")
+    await world.erase(OTHER)
+    copy = ArchiveFiles(str(world.home / "backup"))
+    bridge, dsn = world.database.bridge, world.database.dsn
+    connection = await bridge.run(lambda: connect(dsn, name="operator", role=None))
+    try:
+        operations = Operations(world.config, bridge, lambda: dsn, connection)
+        await restore(operations, copy, "whatsapp_messages_y2026w10", "restored")
+    finally:
+        await bridge.run(connection.close)
+    restored = await world.database.fetch(
+        "SELECT convert_from(body, 'UTF8') AS body FROM restored.wa_events_y2026w10"
+    )
+    assert len(restored) == 2
+    texts = " ".join(row["body"] for row in restored)
+    assert PERSON in texts
+    assert OTHER not in texts
+    with pytest.raises(CannotErase, match="restored from an archive"):
+        await world.erase(PERSON)
+
+
+async def test_stopped_before_old_files_are_tidied_away_the_next_run_does_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await archived(world)
+    tidy = ArchiveFiles.tidy
+
+    def stop(files: ArchiveFiles, name: str) -> None:
+        monkeypatch.setattr(ArchiveFiles, "tidy", tidy)
+        if len(list((world.home / "archive" / name).iterdir())) > len(files.tables(name)) + 1:
+            raise Interrupted(name)
+        monkeypatch.setattr(ArchiveFiles, "tidy", stop)
+
+    monkeypatch.setattr(ArchiveFiles, "tidy", stop)
+    with pytest.raises(Interrupted):
+        await world.erase()
+    assert in_archives(world.home / "archive", PERSONAL)
+    await world.erase()
+    assert await world.left() == set()
+
+
+async def test_a_message_of_somebody_else_that_mentions_them_is_waited_for(world: World) -> None:
+    item = await world.said(OTHER, f"call {PERSON}")
+    with pytest.raises(CannotErase, match="under way"):
+        await world.erase()
+    await world.letter(item)
+    await world.erase()
+    assert await world.left() == set()
+    await assert_conserved(world.database)
+
+
+async def test_what_others_change_meanwhile_is_not_lost(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.letter(await world.said(OTHER, f"call {PERSON}"))
+    redact = Eraser._redact
+    edited: list[int] = []
+
+    async def after_an_edit(eraser: Eraser, rest: Any) -> bool:
+        if not edited:
+            edited.append(1)
+            await world.database.fetch(
+                "UPDATE webhook_dlq SET payload = $1, revision = 1", '{"type": "edited"}'
+            )
+        return await redact(eraser, rest)
+
+    monkeypatch.setattr(Eraser, "_redact", after_an_edit)
+    await world.erase(within=5)
+    [letter] = await world.database.fetch("SELECT payload, error_message FROM webhook_dlq")
+    assert (json.loads(letter["payload"]), letter["error_message"]) == ({"type": "edited"}, "no [erased]")
+    assert await world.left() == set()
+
+
+async def test_a_state_that_was_written_back_is_cleaned_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.completed(await world.said(OTHER, "hello"), state=f"after {PERSON}")
+    clean = Eraser._clean_sessions
+
+    async def after_a_late_write(eraser: Eraser, *arguments: Any) -> None:
+        await world.database.fetch(
+            "UPDATE user_sessions SET state = $1", json.dumps({"from": f"after {PERSON}"})
+        )
+        await clean(eraser, *arguments)
+
+    monkeypatch.setattr(Eraser, "_clean_sessions", after_a_late_write)
+    await world.erase(within=5)
+    assert await world.left() == set()
+
+
+async def test_bodies_that_only_look_like_it_do_not_keep_it_from_ending(world: World) -> None:
+    await world.week()
+    came = 0
+
+    async def more() -> None:
+        nonlocal came
+        while True:
+            text = payloads.text_message(world.head(OTHER), "HERE")
+            body = payloads.body(payloads.entry("1", payloads.change(NUMBER, "1", messages=[text])))
+            await appended(world.journal, world.split(body.replace(b"HERE", b"\\u0040")))
+            came += 1
+            await trio.sleep(0.05)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(more)
+        await world.erase(within=20)
+        nursery.cancel_scope.cancel()
+    assert came > 3
+    assert await world.left() == set()
+
+
+async def test_where_an_archived_item_went_is_known_after_its_letter_is_gone(world: World) -> None:
+    await world.letter(await world.said(PERSON, SAYS))
+    world.clock.now += 6 * WEEK
+    await world.archive()
+    await world.database.fetch(
+        "SELECT postroom_retry_dead_letters($1, 'test', ARRAY(SELECT id FROM webhook_dlq))", world.clock.now
+    )
+    [late] = await world.journal.claim_dead_letters(world.epoch, 1, ["rides"])
+    await world.completed(late)
+    tallies = "SELECT delivered, dead_letter FROM delivery_tallies"
+    assert [tuple(row) for row in await world.database.fetch(tallies)] == [(1, 0)]
+    [cleaned] = await world.database.fetch(
+        "SELECT removed FROM postroom_clean_dead_letters($1, $2, 0, 100)",
+        world.epoch,
+        world.clock.now + timedelta(days=1),
+    )
+    assert cleaned["removed"] == 1
+    await assert_conserved(world.database)
+    await world.erase()
+    assert [tuple(row) for row in await world.database.fetch(tallies)] == [(0, 0)]
+    await assert_conserved(world.database)
+    assert await world.left() == set()
+
+
 async def test_nothing_is_erased_while_an_archive_is_half_made(world: World) -> None:
     await world.week()
     for one in await world.journal.claim_dead_letters(world.epoch, 100, ["rides"]):
