@@ -97,4 +97,14 @@ async def test_one_over_http(home: Path, framework: str, command: tuple[str, ...
     config = blocks("toml")[1].replace(":9002", f":{port}")
     with running(home, *command, str(port), JOBS_SECRET=SECRET):
         await until_open(port)
+        url = f"http://127.0.0.1:{port}/messages"
+        tried = await kit.postroom(
+            "conformance",
+            url,
+            "--secret-env",
+            "JOBS_SECRET",
+            cwd=home,
+            env=kit.environment(JOBS_SECRET=SECRET),
+        )
+        assert tried.returncode == 0, tried.stdout.decode()
         assert await answer(home, config, "job", JOBS_SECRET=SECRET) == "Looking for: job"
