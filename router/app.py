@@ -235,7 +235,7 @@ class Router:
             elif name in self.attached:
                 lane = self.attached[name].open_lane()
             elif service.url is not None:
-                target = http.Target.of(service.url, service.secret)
+                target = http.Target.of(service.url, service.secret, allow_private=service.allow_private)
                 lane = http.open_lane(target, clock=self._clock, known_domain=self._is_domain)
             else:
                 continue

@@ -78,7 +78,8 @@ class ServiceConfig:
     `secret` is `whsec_` and base64, as Standard Webhooks writes it; without one deliveries are not signed.
     `dead_letters` names the policy after which they are retried: "standard" or "fast" (router.retry). `order`
     says what a conversation does while it has one: "continue" with this service, or "strict", wait behind it.
-    The router leaves the service alone for a while after `breaker_failures` attempts in a row that failed, or
+    Without `allow_private` its URL must resolve to public addresses; cloud metadata is never reached. The
+    router leaves the service alone for a while after `breaker_failures` attempts in a row that failed, or
     when of the last 50 attempts a share of `breaker_failure_ratio` failed, or of `breaker_slow_ratio` took
     `breaker_slow_ms` or longer (None: none is slow).
     """
@@ -90,6 +91,7 @@ class ServiceConfig:
     lanes: int = 8
     secret: str | None = field(default=None, repr=False)
     token: str | None = field(default=None, repr=False)
+    allow_private: bool = True
     statuses: bool = False
     dead_letters: str = DEAD_LETTER_POLICIES[0]
     order: str = ORDER_POLICIES[0]

@@ -53,6 +53,7 @@ class ServiceTable(_Strict):
     lanes: int = 8
     secret_env: str | None = None
     token_env: str | None = None
+    allow_private: bool = True
     statuses: bool = False
     dead_letters: str = "standard"
     order: str = "continue"

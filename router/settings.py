@@ -246,6 +246,7 @@ class _Reader:
                 lanes=found.lanes,
                 secret=self._service_secret(written, found.secret_env),
                 token=self._service_token(written, found.token_env),
+                allow_private=found.allow_private,
                 statuses=found.statuses,
                 dead_letters=found.dead_letters,
                 order=found.order,

@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 import httptools
 import trio
 
+from .guard import refusal
+
 MAX_ANSWER_BYTES = 1_048_576
 MAX_HEAD_BYTES = 65_536  # of an answer, interim ones before it included
 _READ_SIZE = 65_536
@@ -98,8 +100,11 @@ class HttpConnection:
     a late answer must not be taken for the next one's.
     """
 
-    def __init__(self, origin: Origin, *, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self, origin: Origin, *, tls: ssl.SSLContext | None = None, allow_private: bool = True
+    ) -> None:
         self._origin = origin
+        self._allow_private = allow_private
         self._tls = tls
         self._stream: trio.SocketStream | trio.SSLStream[trio.SocketStream] | None = None
         self._fd = -1
@@ -148,7 +153,7 @@ class HttpConnection:
             if not poll.poll(0):
                 return self._stream
             await self.close()
-        tcp = await trio.open_tcp_stream(self._origin.host, self._origin.port)
+        tcp = await self._open()
         self._fd = tcp.socket.fileno()
         if self._origin.tls:
             if self._tls is None:
@@ -160,6 +165,24 @@ class HttpConnection:
         else:
             self._stream = tcp
         return self._stream
+
+    async def _open(self) -> trio.SocketStream:
+        """To an address that was looked at: a name that is asked for again may resolve to another one."""
+        host, port = self._origin.host, self._origin.port
+        found = await trio.socket.getaddrinfo(host, port, type=trio.socket.SOCK_STREAM)
+        addresses = list(dict.fromkeys(str(info[4][0]) for info in found))
+        refused = [refusal(one, allow_private=self._allow_private) for one in addresses]
+        allowed = [one for one, why in zip(addresses, refused, strict=True) if why is None]
+        if not allowed:
+            raise NoAnswer(f"it may not be reached: {refused[0] if refused else 'its name has no address'}")
+        trouble: OSError | None = None
+        for address in allowed:
+            try:
+                return await trio.open_tcp_stream(address, port)
+            except OSError as error:
+                trouble = error
+        assert trouble is not None
+        raise trouble
 
     async def close(self) -> None:
         stream, self._stream = self._stream, None

@@ -23,14 +23,17 @@ _LATER = frozenset({429, 503})
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A service: where it is, and the key of its whsec_ secret; None: nothing is signed."""
+    """A service: where it is, and the key of its whsec_ secret; None: nothing is signed. `allow_private`: it
+    may have an address that is not public.
+    """
 
     origin: Origin
     key: bytes | None
+    allow_private: bool = True
 
     @classmethod
-    def of(cls, url: str, secret: str | None) -> Target:
-        return cls(Origin.of(url), None if secret is None else signing.key_of(secret))
+    def of(cls, url: str, secret: str | None, *, allow_private: bool = True) -> Target:
+        return cls(Origin.of(url), None if secret is None else signing.key_of(secret), allow_private)
 
 
 class HttpLane:
@@ -45,7 +48,7 @@ class HttpLane:
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self._target = target
-        self._connection = HttpConnection(target.origin, tls=tls)
+        self._connection = HttpConnection(target.origin, tls=tls, allow_private=target.allow_private)
         self._clock = clock
         self._known_domain = known_domain
 
