@@ -10,12 +10,9 @@ from statistics import median
 from typing import Any
 
 import asyncpg
-import trio
 
+from bench.databases import migrated
 from bench.verdicts import ratio
-from router.database import migrate_database
-from router.postgres.bridge import open_bridge
-from router.postgres.embedded import EmbeddedPostgres
 
 # As a table of payments is: a uuid as its key, and a dozen columns of which two change.
 _TABLE = """
@@ -69,32 +66,24 @@ async def measured(home: Path, rounds: int, progress: Callable[[str], None]) -> 
     """One row and a hundred in a statement, watched and not, in turns. Commits are not waited for: one costs
     the same in both.
     """
-    postgres = EmbeddedPostgres(home / "data")
-    await postgres.start()
-    try:
-        async with open_bridge() as bridge:
-            dsn = postgres.dsn()
-            await migrate_database(bridge, dsn, apply=True)
+    async with migrated(home) as (bridge, dsn):
 
-            async def work() -> list[Watched]:
-                connection = await asyncpg.connect(dsn)
-                try:
-                    await connection.execute("SET synchronous_commit = off")
-                    await connection.execute(_TABLE)
-                    return [await _pair(connection, rows, rounds) for rows in (1, 100)]
-                finally:
-                    await connection.close()
+        async def work() -> list[Watched]:
+            connection = await asyncpg.connect(dsn)
+            try:
+                await connection.execute("SET synchronous_commit = off")
+                await connection.execute(_TABLE)
+                return [await _pair(connection, rows, rounds) for rows in (1, 100)]
+            finally:
+                await connection.close()
 
-            found = await bridge.run(work)
-            for one in found:
-                progress(
-                    f"{one.rows} row(s) a statement: {one.plain_us:,.0f} us a row, "
-                    f"watched {one.watched_us:,.0f} us"
-                )
-            return found
-    finally:
-        with trio.CancelScope(shield=True):
-            await postgres.stop()
+        found = await bridge.run(work)
+        for one in found:
+            progress(
+                f"{one.rows} row(s) a statement: {one.plain_us:,.0f} us a row, "
+                f"watched {one.watched_us:,.0f} us"
+            )
+        return found
 
 
 async def _pair(connection: asyncpg.Connection, rows: int, rounds: int) -> Watched:

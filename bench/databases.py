@@ -1,12 +1,18 @@
-"""The harness's own look into a target's Postgres: its process, its rows, its settings."""
+"""The harness's look into a target's Postgres, its process, its rows, its settings; and a Postgres of its own."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import asyncpg
+import trio
 
+from router.database import migrate_database
+from router.postgres.bridge import Bridge, open_bridge
 from router.postgres.connections import BY_KEY
+from router.postgres.embedded import EmbeddedPostgres
 
 DURABILITY = ("fsync", "synchronous_commit", "full_page_writes")
 _SHOWN = (
@@ -69,3 +75,31 @@ def durable_settings(dsn: str) -> dict[str, str]:
     if off:
         raise UnfairDatabase(f"{', '.join(off)} must be on in {dsn}")
     return settings
+
+
+@asynccontextmanager
+async def migrated(home: Path) -> AsyncIterator[tuple[Bridge, str]]:
+    """An embedded Postgres in `home`, with our schema, while the block runs; and its connection string."""
+    postgres = EmbeddedPostgres(home / "data")
+    await postgres.start()
+    try:
+        async with open_bridge() as bridge:
+            dsn = postgres.dsn()
+            await migrate_database(bridge, dsn, apply=True)
+            yield bridge, dsn
+    finally:
+        with trio.CancelScope(shield=True):
+            await postgres.stop()
+
+
+async def ask(bridge: Bridge, dsn: str, statement: str, *arguments: object) -> Any:
+    """The first row of a statement, over a connection of its own."""
+
+    async def work() -> Any:
+        connection = await asyncpg.connect(dsn)
+        try:
+            return await connection.fetchrow(statement, *arguments)
+        finally:
+            await connection.close()
+
+    return await bridge.run(work)

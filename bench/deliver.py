@@ -13,10 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import asyncpg
 import trio
 
-from bench.databases import durable_settings
+from bench.databases import ask, durable_settings, migrated
 from bench.deliver_client import KINDS
 from bench.payloads import Population
 from bench.processes import ProcessFailed
@@ -24,9 +23,6 @@ from bench.report import envelope, number, print_table, print_verdicts, verdict_
 from bench.storage import deliveries
 from bench.verdicts import Verdict, median_or_none, missed, ratio
 from router.clock import utc_now
-from router.database import migrate_database
-from router.postgres.bridge import Bridge, open_bridge
-from router.postgres.embedded import EmbeddedPostgres
 from router.postgres.journal import PostgresJournal
 
 OVER_HTTPX = 20.0
@@ -87,56 +83,37 @@ async def _append(journal: PostgresJournal, count: int) -> None:
         await journal.append(deliveries(bodies[start : start + 1_000]), duplicates=0)
 
 
-async def _ask(bridge: Bridge, dsn: str, statement: str, *arguments: object) -> Any:
-    async def work() -> Any:
-        connection = await asyncpg.connect(dsn)
-        try:
-            return await connection.fetchval(statement, *arguments)
-        finally:
-            await connection.close()
-
-    return await bridge.run(work)
-
-
 async def measured(
     settings: DeliverSettings, home: Path, progress: Callable[[str], None]
 ) -> list[DeliverRound]:
-    postgres = EmbeddedPostgres(home / "data")
-    await postgres.start()
-    try:
-        async with open_bridge() as bridge:
-            dsn = postgres.dsn()
-            await migrate_database(bridge, dsn, apply=True)
-            progress(f"postgres {(await trio.to_thread.run_sync(durable_settings, dsn))['server_version']}")
-            journal = PostgresJournal(bridge, lambda: dsn, clock=utc_now, notify=lambda: False)
-            try:
-                await journal.keep_house()
-                await _append(journal, settings.rounds * sum(map(settings.count, KINDS)))
-            finally:
-                with trio.CancelScope(shield=True):
-                    await journal.close()
-            epoch = await _ask(bridge, dsn, "SELECT postroom_take_lease(gen_random_uuid(), '1 hour', true)")
-            rounds, first = [], 1
-            with service() as port:
-                for _ in range(settings.rounds):
-                    for kind in KINDS:
-                        count = settings.count(kind)
-                        found = await _round(kind, port, dsn, epoch, first, count, settings.lanes)
-                        recorded = await _ask(
-                            bridge,
-                            dsn,
-                            "SELECT count(*) FROM message_outcomes WHERE seq >= $1 AND seq < $2",
-                            first,
-                            first + count,
-                        )
-                        one = DeliverRound(kind, count, recorded, found["cpu_seconds"], found["seconds"])
-                        rounds.append(one)
-                        first += count
-                        progress(f"{kind}: {one.per_cpu_second or 0:,.0f} deliveries for a CPU second")
-            return rounds
-    finally:
-        with trio.CancelScope(shield=True):
-            await postgres.stop()
+    async with migrated(home) as (bridge, dsn):
+        progress(f"postgres {(await trio.to_thread.run_sync(durable_settings, dsn))['server_version']}")
+        journal = PostgresJournal(bridge, lambda: dsn, clock=utc_now, notify=lambda: False)
+        try:
+            await journal.keep_house()
+            await _append(journal, settings.rounds * sum(map(settings.count, KINDS)))
+        finally:
+            with trio.CancelScope(shield=True):
+                await journal.close()
+        epoch = (await ask(bridge, dsn, "SELECT postroom_take_lease(gen_random_uuid(), '1 hour', true)"))[0]
+        rounds, first = [], 1
+        with service() as port:
+            for _ in range(settings.rounds):
+                for kind in KINDS:
+                    count = settings.count(kind)
+                    found = await _round(kind, port, dsn, epoch, first, count, settings.lanes)
+                    [recorded] = await ask(
+                        bridge,
+                        dsn,
+                        "SELECT count(*) FROM message_outcomes WHERE seq >= $1 AND seq < $2",
+                        first,
+                        first + count,
+                    )
+                    one = DeliverRound(kind, count, recorded, found["cpu_seconds"], found["seconds"])
+                    rounds.append(one)
+                    first += count
+                    progress(f"{kind}: {one.per_cpu_second or 0:,.0f} deliveries for a CPU second")
+        return rounds
 
 
 async def _round(

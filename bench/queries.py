@@ -15,14 +15,13 @@ from urllib.parse import quote
 import asyncpg
 import trio
 
+from bench.databases import migrated
 from router.archive.files import ArchiveFiles
 from router.config import Config
-from router.database import migrate_database
 from router.erasing import Eraser
 from router.operations import Letters, Operations
-from router.postgres.bridge import Bridge, open_bridge
+from router.postgres.bridge import Bridge
 from router.postgres.connections import ADMIN, OWNER, connect
-from router.postgres.embedded import EmbeddedPostgres
 from router.postgres.statements import statements
 from router.retrieval import search
 
@@ -355,25 +354,17 @@ async def _do(
 
 async def measured(settings: QuerySettings, home: Path, progress: Callable[[str], None]) -> list[Query]:
     """Every query of every command, in the order in which they are made."""
-    postgres = EmbeddedPostgres(home / "data")
-    await postgres.start()
-    try:
-        async with open_bridge() as bridge:
-            dsn = postgres.dsn()
-            await migrate_database(bridge, dsn, apply=True)
-            await fill(bridge, dsn, settings, progress)
-            config = Config.for_embedding(app_secret="s", verify_token="v", data_dir=home, database_url=dsn)
-            found: dict[tuple[str, str], Query] = {}
-            for command in commands(home, settings.messages, settings.people):
-                took = await _do(bridge, dsn, command, config, found, timed=False)
-                for _ in range(settings.repeats if took < _LONG_COMMAND else 1):
-                    await _do(bridge, dsn, command, config, found, timed=True)
-                mine = [one for one in found.values() if one.command == command.name]
-                progress(f"{command.name}: {max((one.milliseconds for one in mine), default=0):,.1f} ms")
-            return list(found.values())
-    finally:
-        with trio.CancelScope(shield=True):
-            await postgres.stop()
+    async with migrated(home) as (bridge, dsn):
+        await fill(bridge, dsn, settings, progress)
+        config = Config.for_embedding(app_secret="s", verify_token="v", data_dir=home, database_url=dsn)
+        found: dict[tuple[str, str], Query] = {}
+        for command in commands(home, settings.messages, settings.people):
+            took = await _do(bridge, dsn, command, config, found, timed=False)
+            for _ in range(settings.repeats if took < _LONG_COMMAND else 1):
+                await _do(bridge, dsn, command, config, found, timed=True)
+            mine = [one for one in found.values() if one.command == command.name]
+            progress(f"{command.name}: {max((one.milliseconds for one in mine), default=0):,.1f} ms")
+        return list(found.values())
 
 
 def share(queries: Sequence[Query]) -> float | None:

@@ -16,7 +16,7 @@ import trio
 from actors.messages import Appended, Completion, Delivery, Item, Place, Session
 from bench import audit, queries
 from bench.audit import Watched
-from bench.databases import durable_settings
+from bench.databases import ask, durable_settings, migrated
 from bench.payloads import Population
 from bench.queries import SHARE, UNDER_MS, Query, share
 from bench.report import envelope, number, print_table, print_verdicts, verdict_rows, write_result
@@ -25,9 +25,7 @@ from bench.targets import IN_PROCESS, ROUTER, running
 from bench.verdicts import Verdict, median_or_none, missed, ratio
 from router.channels.whatsapp import Splitter
 from router.clock import utc_now
-from router.database import migrate_database
 from router.postgres.bridge import Bridge, open_bridge
-from router.postgres.embedded import EmbeddedPostgres
 from router.postgres.journal import PostgresJournal
 
 BEYOND_PAYLOAD = 1_024.0  # bytes of WAL, at batch 100
@@ -109,10 +107,6 @@ async def _connected(dsn: str, work: Callable[[asyncpg.Connection], Any]) -> Any
         await connection.close()
 
 
-async def _ask(bridge: Bridge, dsn: str, statement: str, *arguments: object) -> Any:
-    return await bridge.run(lambda: _connected(dsn, lambda c: c.fetchrow(statement, *arguments)))
-
-
 class Log:
     """What was written ahead since `begin`. Read before each checkpoint, after which its files may go."""
 
@@ -126,12 +120,12 @@ class Log:
         self._at = await self._now()
 
     async def _now(self) -> str:
-        row = await _ask(self._bridge, self._dsn, "SELECT pg_current_wal_lsn()::text")
+        row = await ask(self._bridge, self._dsn, "SELECT pg_current_wal_lsn()::text")
         return str(row[0])
 
     async def read(self) -> None:
         now = await self._now()
-        row = await _ask(self._bridge, self._dsn, _WAL, self._at, now)
+        row = await ask(self._bridge, self._dsn, _WAL, self._at, now)
         self.records += int(row["records"])
         self.images += int(row["images"])
         self._at = now
@@ -163,7 +157,7 @@ def completion(item: Item, version: int) -> Completion:
 
 async def life(bridge: Bridge, dsn: str, journal: PostgresJournal, batch: int, items: int) -> Life:
     """Append and complete so many items in batches, over two checkpoints at least."""
-    epoch = (await _ask(bridge, dsn, "SELECT postroom_take_lease(gen_random_uuid(), '1 hour', true)"))[0]
+    epoch = (await ask(bridge, dsn, "SELECT postroom_take_lease(gen_random_uuid(), '1 hour', true)"))[0]
     bodies = Population().bodies(items)
     log = Log(bridge, dsn)
     await log.begin()
@@ -172,7 +166,7 @@ async def life(bridge: Bridge, dsn: str, journal: PostgresJournal, batch: int, i
     for number_of, start in enumerate(range(0, items, batch)):
         if number_of % every == every - 1:
             await log.read()
-            await _ask(bridge, dsn, "CHECKPOINT")
+            await ask(bridge, dsn, "CHECKPOINT")
             checkpoints += 1
         result = await journal.append(deliveries(bodies[start : start + batch]), duplicates=0)
         if not isinstance(result, Appended):
@@ -192,25 +186,17 @@ async def life(bridge: Bridge, dsn: str, journal: PostgresJournal, batch: int, i
 
 
 async def lives(settings: StorageSettings, home: Path, progress: Callable[[str], None]) -> list[Life]:
-    postgres = EmbeddedPostgres(home / "data")
-    await postgres.start()
-    try:
-        async with open_bridge() as bridge:
-            dsn = postgres.dsn()
-            await migrate_database(bridge, dsn, apply=True)
-            durable_settings_of = await trio.to_thread.run_sync(durable_settings, dsn)
-            progress(f"postgres {durable_settings_of['server_version']}")
-            await _ask(bridge, dsn, "CREATE EXTENSION IF NOT EXISTS pg_walinspect")
-            found = []
-            for batch in settings.batches:
-                async with _journal(bridge, dsn) as journal:
-                    found.append(await life(bridge, dsn, journal, batch, settings.items))
-                one = found[-1]
-                progress(f"batch {batch}: {one.record_bytes:,.0f} bytes of WAL an item")
-            return found
-    finally:
-        with trio.CancelScope(shield=True):
-            await postgres.stop()
+    async with migrated(home) as (bridge, dsn):
+        durable_settings_of = await trio.to_thread.run_sync(durable_settings, dsn)
+        progress(f"postgres {durable_settings_of['server_version']}")
+        await ask(bridge, dsn, "CREATE EXTENSION IF NOT EXISTS pg_walinspect")
+        found = []
+        for batch in settings.batches:
+            async with _journal(bridge, dsn) as journal:
+                found.append(await life(bridge, dsn, journal, batch, settings.items))
+            one = found[-1]
+            progress(f"batch {batch}: {one.record_bytes:,.0f} bytes of WAL an item")
+        return found
 
 
 @asynccontextmanager
