@@ -1,4 +1,4 @@
-"""The harness's look into a target's Postgres, its process, its rows, its settings; and a Postgres of its own."""
+"""The harness's look into a target's Postgres, its process, rows and settings; and a Postgres of its own."""
 
 import asyncio
 from collections.abc import AsyncIterator
