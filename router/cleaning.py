@@ -1,5 +1,5 @@
-"""An archive without some person: which of its rows that concerns, and the rows as they are then. Reads files
-and changes none; it blocks.
+"""An archive without some person: which of its rows that concerns, the rows as they are then, and how it is
+written again. All of it blocks.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 from router.archive.columns import Column, Row
 from router.archive.files import ArchiveFiles, WrittenTable
+from router.archiving import manifest_of
 from router.channels.redaction import Redacted, Redaction
 from router.json_text import parse, storable
 
@@ -151,6 +152,58 @@ class Cleaning:
 
     def _subject(self, columns: _Columns, row: Row) -> Row | None:
         return None if self._is_subject(columns.of(row, "subject")) else row
+
+
+class StoredArchive:
+    """An archive that is whole. What the database says of it is the truth, also where the manifest says else:
+    that is of before, by one that stood still, or was stopped before it came to it."""
+
+    def __init__(self, row: Mapping[str, Any], configured: str) -> None:
+        self.name: str = row["name"]
+        self._row = row
+        location: str = row["location"]
+        # One that was relative to the directory of whoever wrote it says nothing here.
+        self.files = ArchiveFiles(location if location.startswith("/") or "://" in location else configured)
+        self.tables = {table: WrittenTable.of(one) for table, one in row["tables"].items()}
+
+    def look(self, redaction: Redaction) -> Cleaning:
+        """The archive without the person."""
+        return Cleaning(self.files, self.name, self.tables, [(redaction, None)])
+
+    def mend(self) -> None:
+        """The manifest says what the database does, and no file is there that nobody names."""
+        if self.files.tables(self.name) != self.tables:
+            self.replace(self.tables)
+        else:
+            self.files.tidy(self.name)
+
+    def write_again(self, cleaning: Cleaning) -> dict[str, WrittenTable] | None:
+        """New files, read back, beside the old ones; None: nothing of it is the person's."""
+        tables = dict(self.tables)
+        for table in cleaning.touched():
+            columns = self.tables[table].columns
+            writer = self.files.open_table(self.name, table, columns)
+            try:
+                for page in cleaning.rows(table):
+                    if page:
+                        writer.add(page)
+                told = self.files.end_table(self.name, columns, writer)
+                for _ in self.files.rows(self.name, table, told):
+                    pass
+            except BaseException:
+                self.files.abandon_table(self.name, writer)
+                raise
+            tables[table] = told
+        return tables if cleaning.touched() else None
+
+    def replace(self, tables: Mapping[str, WrittenTable]) -> None:
+        """The manifest names these files; all others go."""
+        row = self._row
+        written = {table: one.as_json() for table, one in tables.items()}
+        self.files.write_manifest(
+            self.name, manifest_of(self.name, row["kind"], row["from_at"], row["until_at"], written)
+        )
+        self.files.tidy(self.name)
 
 
 class _Columns:

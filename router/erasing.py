@@ -16,10 +16,8 @@ import asyncpg
 import orjson
 import trio
 
-from router.archive.files import ArchiveFiles, WrittenTable
-from router.archiving import manifest_of
 from router.channels.redaction import ESCAPES, Redacted, Redaction
-from router.cleaning import Cleaning
+from router.cleaning import Cleaning, StoredArchive
 from router.clock import utc_now
 from router.json_text import parse, storable
 from router.operations import Operations
@@ -111,7 +109,7 @@ class Eraser:
         archives = await self._archives()
         await self._erase_live(redaction, told, since=0, dry_run=True)
         for archive in archives:
-            await _in_thread(partial(archive.look, redaction, told))
+            _count_archive(await _in_thread(partial(archive.look, redaction)), archive.name, told)
         rest = await self._rest(redaction, keys)
         _count(rest, told)
         return told
@@ -355,16 +353,17 @@ class Eraser:
                 "`postroom jobs run archive-partitions` has ended"
             )
 
-    async def _archives(self) -> list[_Archived]:
+    async def _archives(self) -> list[StoredArchive]:
         return [
-            _Archived(row, self._config.archive_location)
+            StoredArchive(row, self._config.archive_location)
             for row in await self._operations.archives()
             if row["state"] == "archived"
         ]
 
-    async def _erase_archived(self, archive: _Archived, redaction: Redaction, told: Erasure) -> None:
+    async def _erase_archived(self, archive: StoredArchive, redaction: Redaction, told: Erasure) -> None:
         await _in_thread(archive.mend)
-        cleaning = await _in_thread(lambda: archive.look(redaction, told))
+        cleaning = await _in_thread(partial(archive.look, redaction))
+        _count_archive(cleaning, archive.name, told)
         self._on_step("write archive")
         tables = await _in_thread(lambda: archive.write_again(cleaning))
         if tables is None:
@@ -384,64 +383,6 @@ class Eraser:
             await self._wait(_under_way(1))
         self._on_step("replace archive")
         await _in_thread(lambda: archive.replace(tables))
-
-
-class _Archived:
-    """An archive that is whole. What the database says of it is the truth, also where the manifest says else:
-    that is of before, by one that stood still, or was stopped before it came to it."""
-
-    def __init__(self, row: Mapping[str, Any], configured: str) -> None:
-        self.name: str = row["name"]
-        self._row = row
-        location: str = row["location"]
-        # One that was relative to the directory of whoever wrote it says nothing here.
-        self.files = ArchiveFiles(location if location.startswith("/") or "://" in location else configured)
-        self.tables = {table: WrittenTable.of(one) for table, one in row["tables"].items()}
-
-    def look(self, redaction: Redaction, told: Erasure) -> Cleaning:
-        """What of it is the person's, counted in `told`."""
-        cleaning = Cleaning(self.files, self.name, self.tables, [(redaction, None)])
-        if cleaning.touched():
-            told.archives.append(self.name)
-        told.items += len(cleaning.items)
-        told.bodies += len(cleaning.bodies)
-        told.replies += cleaning.replies
-        return cleaning
-
-    def mend(self) -> None:
-        """The manifest says what the database does, and no file is there that nobody names."""
-        if self.files.tables(self.name) != self.tables:
-            self.replace(self.tables)
-        else:
-            self.files.tidy(self.name)
-
-    def write_again(self, cleaning: Cleaning) -> dict[str, WrittenTable] | None:
-        """New files, read back, beside the old ones; None: nothing of it is the person's."""
-        tables = dict(self.tables)
-        for table in cleaning.touched():
-            columns = self.tables[table].columns
-            writer = self.files.open_table(self.name, table, columns)
-            try:
-                for page in cleaning.rows(table):
-                    if page:
-                        writer.add(page)
-                told = self.files.end_table(self.name, columns, writer)
-                for _ in self.files.rows(self.name, table, told):
-                    pass
-            except BaseException:
-                self.files.abandon_table(self.name, writer)
-                raise
-            tables[table] = told
-        return tables if cleaning.touched() else None
-
-    def replace(self, tables: Mapping[str, WrittenTable]) -> None:
-        """The manifest names these files; all others go."""
-        row = self._row
-        written = {table: one.as_json() for table, one in tables.items()}
-        self.files.write_manifest(
-            self.name, manifest_of(self.name, row["kind"], row["from_at"], row["until_at"], written)
-        )
-        self.files.tidy(self.name)
 
 
 def _under_way(count: int) -> str:
@@ -471,6 +412,14 @@ def _count(rest: _Rest, told: Erasure) -> None:
     told.statuses += len(rest.statuses)
     told.sessions += rest.sessions
     told.mentions += len(rest.redactions)
+
+
+def _count_archive(cleaning: Cleaning, name: str, told: Erasure) -> None:
+    if cleaning.touched():
+        told.archives.append(name)
+    told.items += len(cleaning.items)
+    told.bodies += len(cleaning.bodies)
+    told.replies += cleaning.replies
 
 
 def _pages(values: Sequence[T], size: int) -> Iterator[list[T]]:
