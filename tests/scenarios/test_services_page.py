@@ -15,7 +15,7 @@ import pytest
 import scenarios_kit as kit
 import trio
 from scenarios_kit import Database, RouterProcess
-from test_attached import free_port
+from test_kill_services import free_port
 
 pytestmark = pytest.mark.postgres
 
