@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ def code(holds: str) -> str:
 def running(home: Path, *command: str, **environment: str) -> Iterator[None]:
     with (home / "service.log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=home, env=kit.environment(**environment), stdout=log, stderr=log
+            command, cwd=home, env=kit.environment(**environment), stdout=log, stderr=log
         )
         try:
             yield
@@ -80,7 +81,9 @@ async def test_ten_lines_that_attach(home: Path) -> None:
     (home / "rides.py").write_text(service)
     port = free_port()
     config = f"services_port = {port}\n" + blocks("toml")[0]
-    with running(home, "rides.py", POSTROOM_URL=f"ws://127.0.0.1:{port}", RIDES_TOKEN="b7c1f0"):
+    with running(
+        home, sys.executable, "rides.py", POSTROOM_URL=f"ws://127.0.0.1:{port}", RIDES_TOKEN="b7c1f0"
+    ):
         assert await answer(home, config, "taxi", RIDES_TOKEN="b7c1f0") == "A driver is on the way: taxi"
 
 
@@ -94,17 +97,32 @@ async def test_ten_lines_that_attach(home: Path) -> None:
 async def test_one_over_http(home: Path, framework: str, command: tuple[str, ...]) -> None:
     (home / "jobs.py").write_text(code(f"import {framework}"))
     port = free_port()
+    with running(home, sys.executable, *command, str(port), JOBS_SECRET=SECRET):
+        await serves_jobs(home, port)
+
+
+@pytest.mark.skipif(shutil.which("npm") is None, reason="Node.js and npm are not installed")
+async def test_one_on_express(home: Path) -> None:
+    [service] = blocks("js")
+    (home / "jobs.js").write_text(service)
+    install = ["npm", "install", "--no-audit", "--no-fund", "express@5"]
+    installed = await trio.run_process(
+        install, cwd=home, check=False, capture_stdout=True, capture_stderr=True
+    )
+    if installed.returncode != 0:
+        pytest.skip("express cannot be installed: the npm registry is not reached")
+    port = free_port()
+    with running(home, "node", "jobs.js", PORT=str(port), JOBS_SECRET=SECRET):
+        await serves_jobs(home, port)
+
+
+async def serves_jobs(home: Path, port: int) -> None:
+    """The kit finds nothing wrong with what listens there, and a router delivers to it."""
     config = blocks("toml")[1].replace(":9002", f":{port}")
-    with running(home, *command, str(port), JOBS_SECRET=SECRET):
-        await until_open(port)
-        url = f"http://127.0.0.1:{port}/messages"
-        tried = await kit.postroom(
-            "conformance",
-            url,
-            "--secret-env",
-            "JOBS_SECRET",
-            cwd=home,
-            env=kit.environment(JOBS_SECRET=SECRET),
-        )
-        assert tried.returncode == 0, tried.stdout.decode()
-        assert await answer(home, config, "job", JOBS_SECRET=SECRET) == "Looking for: job"
+    await until_open(port)
+    url = f"http://127.0.0.1:{port}/messages"
+    tried = await kit.postroom(
+        "conformance", url, "--secret-env", "JOBS_SECRET", cwd=home, env=kit.environment(JOBS_SECRET=SECRET)
+    )
+    assert tried.returncode == 0, tried.stdout.decode()
+    assert await answer(home, config, "job", JOBS_SECRET=SECRET) == "Looking for: job"
