@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 from standardwebhooks.webhooks import Webhook
@@ -41,6 +42,7 @@ ENVELOPE = Envelope(
     received_at=NOW,
     correlation_id="c-1",
 )
+LONG = replace(ENVELOPE, message={"id": "wamid.2", "text": {"body": "a" * 32_000_000}})
 CLOSE = object()
 Part = bytes | object | Callable[[], Awaitable[object]]
 
@@ -285,6 +287,62 @@ class TestConnection:
             release.set()
             assert await lane.attempt(ENVELOPE) == Ack()
         assert [request.connection for request in service.requests] == [1, 2]
+
+    async def test_a_request_that_no_buffer_holds_arrives_whole(self) -> None:
+        async with serving((ok(),), (ok(),)) as service, lane_to(service.port) as lane:
+            assert await lane.attempt(LONG) == Ack()
+            assert await lane.attempt(ENVELOPE) == Ack()
+        assert [json.loads(request.body)["message"] for request in service.requests] == [
+            LONG.message,
+            ENVELOPE.message,
+        ]
+        assert service.connections == 1
+
+    @pytest.mark.parametrize("read", [0, 1_000_000])
+    async def test_cancelled_in_the_middle_of_a_request_it_is_closed(self, read: int) -> None:
+        taken, ended = 0, trio.Event()
+
+        async def slow(stream: trio.SocketStream) -> None:
+            nonlocal taken
+            while taken < read:
+                taken += len(await stream.receive_some())
+            arrived.set()
+            await released.wait()
+            while data := await stream.receive_some():
+                taken += len(data)
+            ended.set()
+
+        arrived, released = trio.Event(), trio.Event()
+        with trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+                [listener] = await nursery.start(partial(trio.serve_tcp, slow, 0, host="127.0.0.1"))
+                async with lane_to(listener.socket.getsockname()[1]) as lane:
+                    async with trio.open_nursery() as attempts:
+                        attempts.start_soon(lane.attempt, LONG)
+                        await arrived.wait()
+                        await trio.testing.wait_all_tasks_blocked()
+                        attempts.cancel_scope.cancel()
+                    released.set()
+                    await ended.wait()
+                nursery.cancel_scope.cancel()
+        assert 0 < taken < len(str(LONG.message))
+
+    async def test_who_hangs_up_in_the_middle_of_a_request_is_retried(self) -> None:
+        async def rude(stream: trio.SocketStream) -> None:
+            await stream.receive_some()
+            await stream.aclose()
+
+        with trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+                [listener] = await nursery.start(partial(trio.serve_tcp, rude, 0, host="127.0.0.1"))
+                async with lane_to(listener.socket.getsockname()[1]) as lane:
+                    outcome = await lane.attempt(LONG)
+                nursery.cancel_scope.cancel()
+        assert isinstance(outcome, Retry)
+        assert outcome.reason in (
+            "connection failed: ConnectionResetError",
+            "connection failed: BrokenPipeError",
+        )
 
     async def test_cancelled_in_the_middle_of_an_answer_it_is_closed(self) -> None:
         half = trio.Event()
