@@ -23,6 +23,7 @@ from router.clock import utc_now
 from router.delivery import signing
 from router.delivery.contract import body_of, read_answer
 from router.delivery.http import Target, open_lane, traceparent
+from router.mac import HmacSha256
 from router.postgres.bridge import open_bridge
 from router.postgres.journal import PostgresJournal
 
@@ -30,7 +31,7 @@ SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 KINDS = ("router", "httpcore", "httpx")
 
 
-def headers(port: int, key: bytes, envelope: Envelope, body: bytes) -> dict[str, str]:
+def headers(port: int, key: HmacSha256, envelope: Envelope, body: bytes) -> dict[str, str]:
     """What a delivery carries, as the router writes it."""
     now = int(utc_now().timestamp())
     return {
@@ -50,7 +51,7 @@ def headers(port: int, key: bytes, envelope: Envelope, body: bytes) -> dict[str,
 class HttpcoreLane:
     """A connection of httpcore's, without its pool."""
 
-    def __init__(self, port: int, key: bytes) -> None:
+    def __init__(self, port: int, key: HmacSha256) -> None:
         self._url, self._port, self._key = f"http://127.0.0.1:{port}/messages", port, key
         self._connection = httpcore.AsyncHTTPConnection(httpcore.Origin(b"http", b"127.0.0.1", port))
 
@@ -72,7 +73,7 @@ class HttpcoreLane:
 class HttpxLane:
     """One of many users of an httpx client, which has a pool of as many connections."""
 
-    def __init__(self, port: int, key: bytes, client: httpx.AsyncClient) -> None:
+    def __init__(self, port: int, key: HmacSha256, client: httpx.AsyncClient) -> None:
         self._url, self._port, self._key = f"http://127.0.0.1:{port}/messages", port, key
         self._client = client
 

@@ -50,7 +50,7 @@ LAYERS = {
     "adapters": ("postgres", "delivery", "channels", "spool", "archive"),
     "policy": ("routing", "retry", "home_menu"),
     "config": ("config", "config_file", "config_rules", "settings"),
-    "words": ("domains", "json_text", "clock", "schedule"),
+    "words": ("domains", "json_text", "mac", "clock", "schedule"),
     "observe": ("observe",),
     "actors": ("actors",),
     "simulator": ("simulator",),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from actors.messages import Envelope, Outcome, Reject, Retry
 from actors.ports import Clock, Handler, Unreadable
 from actors.service import OpenLane
+from router.mac import HmacSha256
 
 from . import signing
 from .connection import MAX_ANSWER_BYTES, HttpConnection, NoAnswer, Origin, Response, retry_after
@@ -28,7 +29,7 @@ class Target:
     """
 
     origin: Origin
-    key: bytes | None
+    key: HmacSha256 | None
     allow_private: bool = True
 
     @classmethod

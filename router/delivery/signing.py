@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import hashlib
-import hmac
+
+from router.mac import HmacSha256
 
 PREFIX = "whsec_"
 
 
-def key_of(secret: str) -> bytes:
+def key_of(secret: str) -> HmacSha256:
     """The key of a `whsec_` secret.
 
     Raises:
@@ -17,10 +17,10 @@ def key_of(secret: str) -> bytes:
     """
     if not secret.startswith(PREFIX):
         raise ValueError("a Standard Webhooks secret begins with whsec_")
-    return base64.b64decode(secret.removeprefix(PREFIX), validate=True)
+    return HmacSha256(base64.b64decode(secret.removeprefix(PREFIX), validate=True))
 
 
-def sign(key: bytes, webhook_id: str, timestamp: int, body: bytes) -> str:
+def sign(key: HmacSha256, webhook_id: str, timestamp: int, body: bytes) -> str:
     """The value of `webhook-signature`: version 1, HMAC-SHA256 of `id.timestamp.body`."""
     signed = b"%s.%d.%s" % (webhook_id.encode("ascii"), timestamp, body)
-    return "v1," + base64.b64encode(hmac.digest(key, signed, hashlib.sha256)).decode("ascii")
+    return "v1," + base64.b64encode(key.digest(signed)).decode("ascii")
