@@ -69,6 +69,7 @@ class StandIn:
             live_sessions=2,
             waiting_for={"rides": 1},
             breakers={"rides": "open"},
+            attached={"jobs": 2},
             spool_bytes=None if self.spools is None else self.spooled,
             ingress=SimpleNamespace(refused=4, spooled=5),
             outbound=None if self.sender_breaker is None else OutboundStatistics(7, 1, 2),
@@ -130,6 +131,7 @@ class TestHealth:
             "live_sessions": 2,
             "waiting_for": {"rides": 1},
             "breakers": {"rides": "open"},
+            "attached": {"jobs": 2},
         }
         assert body["components"]["spool"] == {"status": "healthy", "bytes": 0}
         assert body["components"]["ingress"] == {"status": "healthy", "refused": 4, "spooled": 5}
