@@ -21,8 +21,8 @@ from actors.ports import Handler, Unreadable
 from bench.storage import completion
 from router.clock import utc_now
 from router.delivery import signing
-from router.delivery.contract import body_of, read_answer
-from router.delivery.http import Target, open_lane, traceparent
+from router.delivery.contract import body_of, read_answer, traceparent
+from router.delivery.http import Target, open_lane
 from router.mac import HmacSha256
 from router.postgres.bridge import open_bridge
 from router.postgres.journal import PostgresJournal

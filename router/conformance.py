@@ -20,7 +20,7 @@ from actors.messages import Ack, Envelope, Session
 from actors.ports import Unreadable
 from router.delivery import signing
 from router.delivery.connection import HttpConnection, NoAnswer, Origin, Response
-from router.delivery.contract import body_of, read_answer
+from router.delivery.contract import body_of, read_answer, request_of
 from router.simulator import payloads
 
 PASS: Final = "pass"
@@ -122,20 +122,12 @@ class Player:
         moment = int(time.time()) if at is None else at
         signed = signature(self.signature(envelope, moment, written))
         posted = written if body is None else body
-        head = (
-            f"POST {self._origin.path} HTTP/1.1\r\nHost: {self._origin.authority}\r\nUser-Agent: postroom\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(posted)}\r\n"
-            f"webhook-id: {envelope.id}\r\n"
-            f"webhook-timestamp: {moment}\r\nIdempotency-Key: {envelope.id}\r\n"
-            f"X-Correlation-ID: {envelope.correlation_id}\r\n"
-        )
-        if signed is not None:
-            head += f"webhook-signature: {signed}\r\n"
+        request = request_of(self._origin, envelope, posted, timestamp=moment, signature=signed)
         own = HttpConnection(self._origin, tls=self._tls) if connection is None else connection
         began = trio.current_time()
         try:
             with trio.move_on_after(self._timeout):
-                answer = await own.exchange(head.encode("latin-1") + b"\r\n" + posted)
+                answer = await own.exchange(request)
                 self.seconds.append(trio.current_time() - began)
                 return answer
             raise NoAnswer(f"no answer within {self._timeout:g} s")

@@ -59,7 +59,6 @@ class Attachment:
         self._under_way: dict[str, _UnderWay] = {}
         self.free = 0
         """How many deliveries it takes now."""
-        self.gone = False
 
     async def deliver(self, envelope: Envelope) -> Outcome | Unreadable:
         """One attempt, for which there has to be credit. Raises Detached. Cancelled, an answer that comes
@@ -120,7 +119,6 @@ class Attachment:
 
     def detach(self) -> None:
         """It is gone: nothing of what is under way is answered any more."""
-        self.gone = True
         self.free = 0
         for one in self._under_way.values():
             one.answered.set()

@@ -1,4 +1,4 @@
-"""The body posted to a service and the answer read from it: version 1, docs/delivery.schema.json. Pure."""
+"""What is posted to a service and the answer read from it: version 1, docs/delivery.schema.json. Pure."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from actors.messages import UNCHANGED, Ack, Envelope, Reply, Session, SessionCha
 from actors.ports import Unreadable
 from router.json_text import encode, is_storable
 
+from .connection import Origin
+
 VERSION = 1
 _SESSION = ("key", "phone_number_id", "wa_id", "user_id", "active_service", "state", "version")
 KnownDomain = Callable[[str], bool]
@@ -21,6 +23,34 @@ KnownDomain = Callable[[str], bool]
 def body_of(envelope: Envelope) -> bytes:
     """The JSON body of one attempt."""
     return encode(as_object(envelope))
+
+
+def request_of(
+    origin: Origin, envelope: Envelope, body: bytes, *, timestamp: int, signature: str | None
+) -> bytes:
+    """The whole request of one attempt: `timestamp` in Unix seconds, `signature` is that of
+    `webhook-signature`, None: it is not signed.
+    """
+    head = (
+        f"POST {origin.path} HTTP/1.1\r\nHost: {origin.authority}\r\nUser-Agent: postroom\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        f"webhook-id: {envelope.id}\r\nwebhook-timestamp: {timestamp}\r\nIdempotency-Key: {envelope.id}\r\n"
+        f"X-Correlation-ID: {envelope.correlation_id}\r\ntraceparent: {traceparent(envelope)}\r\n"
+    )
+    if signature is not None:
+        head += f"webhook-signature: {signature}\r\n"
+    return head.encode("latin-1") + b"\r\n" + body
+
+
+def traceparent(envelope: Envelope) -> str:
+    """W3C trace context of one attempt: the sender's trace, else one made of the idempotency key, so
+    that every attempt of a message is in one trace.
+    """
+    trace, flags = envelope.id[4:36], "01"
+    if envelope.traceparent is not None:
+        _, trace, _, flags = envelope.traceparent.split("-")
+    span_id = format((int(envelope.id[4:20], 16) + envelope.attempt) & (2**64 - 1) or 1, "016x")
+    return f"00-{trace}-{span_id}-{flags}"
 
 
 def as_object(envelope: Envelope) -> dict[str, Any]:

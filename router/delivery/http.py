@@ -16,7 +16,7 @@ from router.mac import HmacSha256
 
 from . import signing
 from .connection import MAX_ANSWER_BYTES, HttpConnection, NoAnswer, Origin, Response, retry_after
-from .contract import KnownDomain, body_of, read_answer
+from .contract import KnownDomain, body_of, read_answer, request_of
 
 _REJECTED = frozenset({400, 410, 422})
 _LATER = frozenset({429, 503})
@@ -76,17 +76,9 @@ class HttpLane:
         return Retry(reason=f"answered {status}")
 
     def _request(self, envelope: Envelope) -> bytes:
-        body = body_of(envelope)
-        origin, now = self._target.origin, int(self._clock().timestamp())
-        head = (
-            f"POST {origin.path} HTTP/1.1\r\nHost: {origin.authority}\r\nUser-Agent: postroom\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-            f"webhook-id: {envelope.id}\r\nwebhook-timestamp: {now}\r\nIdempotency-Key: {envelope.id}\r\n"
-            f"X-Correlation-ID: {envelope.correlation_id}\r\ntraceparent: {traceparent(envelope)}\r\n"
-        )
-        if self._target.key is not None:
-            head += f"webhook-signature: {signing.sign(self._target.key, envelope.id, now, body)}\r\n"
-        return head.encode("latin-1") + b"\r\n" + body
+        body, now, key = body_of(envelope), int(self._clock().timestamp()), self._target.key
+        signature = None if key is None else signing.sign(key, envelope.id, now, body)
+        return request_of(self._target.origin, envelope, body, timestamp=now, signature=signature)
 
 
 def open_lane(target: Target, *, clock: Clock, known_domain: KnownDomain) -> OpenLane:
@@ -102,14 +94,3 @@ def open_lane(target: Target, *, clock: Clock, known_domain: KnownDomain) -> Ope
             await handler.close()
 
     return lane
-
-
-def traceparent(envelope: Envelope) -> str:
-    """W3C trace context of one attempt: the sender's trace, else one made of the idempotency key, so
-    that every attempt of a message is in one trace.
-    """
-    trace, flags = envelope.id[4:36], "01"
-    if envelope.traceparent is not None:
-        _, trace, _, flags = envelope.traceparent.split("-")
-    span_id = format((int(envelope.id[4:20], 16) + envelope.attempt) & (2**64 - 1) or 1, "016x")
-    return f"00-{trace}-{span_id}-{flags}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -59,6 +60,8 @@ class Service:
                     return
 
     def good(self, body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
+        # As the router sends it: a service that reads its trace context is tried out with one.
+        assert re.fullmatch(r"00-[0-9a-f]{32}-[0-9a-f]{16}-01", headers["traceparent"])
         try:
             Webhook(SECRET).verify(body, headers)
         except (WebhookVerificationError, RuntimeError):

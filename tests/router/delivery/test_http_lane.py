@@ -29,7 +29,8 @@ from actors.messages import Ack, Envelope, Reject, Reply, Retry, Session
 from actors.ports import Unreadable
 from router.delivery import connection
 from router.delivery.connection import retry_after
-from router.delivery.http import HttpLane, Target, open_lane, traceparent
+from router.delivery.contract import traceparent
+from router.delivery.http import HttpLane, Target, open_lane
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"

@@ -15,8 +15,9 @@ import trio
 from wire import GONE, Answer, connected, get
 
 from actors.errors import JournalUnavailable
+from actors.ingress import IngressStatistics
 from actors.outbound import OutboundStatistics
-from router.app import DeadLetterCounts
+from router.app import DeadLetterCounts, RouterStatistics
 from router.edge import admin
 from router.edge.admin import admin_app, serve_admin
 
@@ -62,8 +63,8 @@ class StandIn:
         if self.away:
             raise JournalUnavailable("the database is away")
 
-    def statistics(self) -> Any:
-        return SimpleNamespace(
+    def statistics(self) -> RouterStatistics:
+        return RouterStatistics(
             epoch=self.epoch,
             undelivered=3,
             live_sessions=2,
@@ -71,7 +72,7 @@ class StandIn:
             breakers={"rides": "open"},
             attached={"jobs": 2},
             spool_bytes=None if self.spools is None else self.spooled,
-            ingress=SimpleNamespace(refused=4, spooled=5),
+            ingress=IngressStatistics(refused=4, spooled=5),
             outbound=None if self.sender_breaker is None else OutboundStatistics(7, 1, 2),
             sender_breaker=self.sender_breaker,
         )
