@@ -72,8 +72,35 @@ def told():
 }
 
 
+# What it puts between the parser and the handler sees a request's body as it came.
+TOLD_ON_EXPRESS = """
+const express = require("express");
+const { setTimeout } = require("node:timers/promises");
+const parser = express.raw;
+
+async function tell(request) {
+  const kept = {};
+  for (const name of ["webhook-id", "idempotency-key"]) kept[name] = request.headers[name];
+  const told = await fetch(process.env.SINK, { method: "POST", body: request.body, headers: kept });
+  await told.arrayBuffer();
+  await setTimeout(1000 * Number(process.env.TAKES));
+}
+
+express.raw = (options) => [
+  parser(options),
+  (request, response, next) => tell(request).then(() => next(), next),
+];
+require("./jobs.js");
+"""
+
+
 def attached_command(home: Path, port: int, sink: str, takes: float) -> list[str]:
-    return [str(SERVICE), f"ws://127.0.0.1:{port}", "rides", SECRETS["RIDES_TOKEN"], sink, str(takes)]
+    url, token = f"ws://127.0.0.1:{port}", SECRETS["RIDES_TOKEN"]
+    return [sys.executable, str(SERVICE), url, "rides", token, sink, str(takes)]
+
+
+def posted_to(port: int) -> str:
+    return f'url = "http://127.0.0.1:{port}/messages"\nsecret_env = "JOBS_SECRET"'
 
 
 def of_the_page(framework: str, *command: str) -> Kind:
@@ -85,13 +112,16 @@ def of_the_page(framework: str, *command: str) -> Kind:
         ]
         (home / "jobs.py").write_text(code)
         (home / "told.py").write_text(TELL + TELLS[framework])
-        return [*command, "--port", str(port)]
+        return [sys.executable, *command, "--port", str(port)]
 
-    return Kind(
-        framework,
-        lambda port: f'url = "http://127.0.0.1:{port}/messages"\nsecret_env = "JOBS_SECRET"',
-        written,
-    )
+    return Kind(framework, posted_to, written)
+
+
+def express_command(home: Path, port: int, sink: str, takes: float) -> list[str]:
+    [code] = re.findall(r"```js\n(.*?)```", PAGE, re.S)
+    (home / "jobs.js").write_text(code)
+    (home / "told.js").write_text(TOLD_ON_EXPRESS)
+    return ["node", "told.js"]
 
 
 KINDS = [
@@ -104,6 +134,7 @@ KINDS = [
     of_the_page("FastAPI", "-m", "uvicorn", "told:app", "--log-level", "error"),
     of_the_page("Flask", "-m", "flask", "--app", "told", "run", "--with-threads"),
 ]
+EXPRESS = Kind("Express", posted_to, express_command)
 
 
 def configured(home: Path, services: Services, kind: Kind, port: int) -> Path:
@@ -122,9 +153,9 @@ def service(
     sink = services.url("rides")
     with (home / "service.log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, *kind.command(home, port, sink, takes)],
+            kind.command(home, port, sink, takes),
             cwd=home,
-            env=kit.environment(SINK=sink, TAKES=str(takes), **SECRETS),
+            env=kit.environment(SINK=sink, TAKES=str(takes), PORT=str(port), **SECRETS),
             stdout=log,
             stderr=log,
         )
@@ -202,6 +233,12 @@ async def test_killed_in_the_middle_of_its_work_a_service_loses_nothing(home: Pa
 @each_kind
 async def test_killed_twenty_times_a_service_loses_nothing(home: Path, kind: Kind) -> None:
     await killed(home, kind, 20, seed=32)
+
+
+@pytest.mark.acceptance
+@pytest.mark.usefixtures("express")
+async def test_killed_twenty_times_a_service_on_express_loses_nothing(home: Path) -> None:
+    await killed(home, EXPRESS, 20, seed=33)
 
 
 async def test_when_a_router_stops_the_service_goes_to_the_one_that_delivers(home: Path) -> None:
