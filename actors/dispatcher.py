@@ -164,6 +164,15 @@ class Dispatcher:
         """A lane of that service took a delivery, and there is `room` for so many."""
         self._lines.taken(service, room)
 
+    def replaced(self, service: str, room: int | None) -> None:
+        """Another one has that name, with `room` for so many; None: nothing is brought to it, and whoever
+        stands in line is told.
+        """
+        if room is None:
+            self._lines.break_up(service)
+        else:
+            self._lines.taken(service, room)
+
     def finished(self, key: str, item: Item) -> None:
         conversation = self._conversations[key]
         conversation.held.popleft()

@@ -55,6 +55,11 @@ class Lines:
         for _ in range(room - coming):
             self._call(service)
 
+    def break_up(self, service: str) -> None:
+        """Nobody is called any more: all try, and find that out."""
+        while service in self._lines:
+            self._let_go(service, self._turned_away)
+
     def give_up(self, key: str) -> None:
         """The session came out of a line and has no use for it: the next one may try."""
         self._turned_away.pop(key, None)

@@ -16,8 +16,8 @@ _AGAIN_AFTER = 1.0  # seconds between a side that could not be kept running and 
 
 
 class Owner:
-    """`feed`, `look` and `replay` reach the tree of the present epoch; without one the journal keeps
-    everything, and whoever delivers finds it there.
+    """`feed`, `look`, `replay` and the like reach the tree of the present epoch; without one the journal
+    keeps everything, and whoever delivers finds it there.
     """
 
     def __init__(self, lease: Lease, spec: TreeSpec, *, on_epoch: Callable[[int | None], None]) -> None:
@@ -43,6 +43,10 @@ class Owner:
     def replay(self) -> None:
         if self.tree is not None:
             self.tree.replay()
+
+    def change_services(self) -> None:
+        if self.tree is not None:
+            self.tree.change_services()
 
     def look_at_jobs(self) -> None:
         if self.tree is not None:

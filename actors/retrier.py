@@ -27,26 +27,15 @@ _NO_ROOM = 0.2  # seconds until a session that had no room is offered its dead l
 
 @dataclass(eq=False, slots=True)
 class _Line:
-    """The letters for one service, or for all that nobody serves: `out` are claimed, at most `room` of
-    them with their sessions, the others `waiting` here.
+    """The letters for one service, or (`name` None) for all that nobody serves: `out` are claimed, as many of
+    them as there is room for with their sessions, the others `waiting` here.
     """
 
-    service: Service | None
+    name: str | None
     calm: bool = False  # a session gave one back: it is not offered again at once
     out: int = 0
     waiting: deque[Item] = field(default_factory=deque)
     changed: trio.Event = field(default_factory=trio.Event)
-
-    @property
-    def room(self) -> int:
-        """Twice as many as the service has lanes, so that one waits for each lane; one while its breaker is
-        open and may be tried.
-        """
-        if self.service is None:
-            return PAGE // 2
-        if self.service.breaker.state is BreakerState.CLOSED:
-            return min(2 * self.service.lanes, PAGE // 2)
-        return int(self.service.breaker.probe_in() == 0.0)
 
 
 class Retrier:
@@ -54,9 +43,9 @@ class Retrier:
     claims one letter of each (conversation, service) at a time, until no more is due or ten seconds have
     passed: the next run goes on with the rest.
 
-    No more letters of a service are with sessions at once than twice its lanes, and none while its breaker is
-    open; a service that takes long holds up the letters of no other. What is out when this ends is claimed
-    again by the next one.
+    No more letters of a service are with sessions at once than twice its lanes, and none while it is paused
+    or its breaker is open; a service that takes long holds up the letters of no other. What is out when this
+    ends is claimed again by the next one.
     """
 
     def __init__(
@@ -75,7 +64,7 @@ class Retrier:
         self._offer = offer
         self._services = services
         self._deferrals = deferrals
-        self._lines = [_Line(service) for service in services.values()] + [_Line(None)]
+        self._lines = {name: _Line(name) for name in (*services, None)}
         self._line_of: dict[str, _Line] = {}  # by dead letter
         self._processed = 0
         self._failed = 0
@@ -103,6 +92,14 @@ class Retrier:
                 self.due_in(max(self._waits(completion.service or "", letter.retry_in), _AT_MOST_EVERY))
             if completion.item.dead_letter is not None:
                 self._settled(completion)
+
+    def change_services(self) -> None:
+        """There are others: what waited for one that there was not can go."""
+        for name in self._services:
+            self._lines.setdefault(name, _Line(name))
+        for line in self._lines.values():
+            line.changed.set()
+        self.wake()
 
     def due_in(self, seconds: float) -> None:
         """A letter became due then."""
@@ -149,8 +146,21 @@ class Retrier:
     def _waits(self, service: str, due_in: float) -> float:
         """Seconds until a letter of that service that is due then can go."""
         known = self._services.get(service)
-        probe_in = 0.0 if known is None else known.breaker.probe_in()
-        return AT_LEAST_EVERY if probe_in is None else max(due_in, probe_in)
+        opens_in = 0.0 if known is None else known.opens_in()
+        return AT_LEAST_EVERY if opens_in is None else max(due_in, opens_in)
+
+    def _room(self, line: _Line) -> int:
+        """Twice as many as the service has lanes, so that one waits for each lane; one while its breaker is
+        open and may be tried; none while it is paused, or when it is gone.
+        """
+        if line.name is None:
+            return PAGE // 2
+        service = self._services.get(line.name)
+        if service is None or service.paused:
+            return 0
+        if service.breaker.state is BreakerState.CLOSED:
+            return min(2 * service.concurrency.limit, PAGE // 2)
+        return int(service.breaker.probe_in() == 0.0)
 
     async def _run_once(self) -> Mapping[str, float]:
         """Returns the seconds until the next letter of each service is due."""
@@ -164,7 +174,7 @@ class Retrier:
         else:
             async with trio.open_nursery() as nursery:
                 until = trio.current_time() + _RUN
-                for line in filter(self._may_have_letters, self._lines):
+                for line in filter(self._may_have_letters, list(self._lines.values())):
                     nursery.start_soon(self._work_off, line, until)
         self._running = False
         return await self._put_on_record(trio.current_time() - began)
@@ -172,9 +182,9 @@ class Retrier:
     def _may_have_letters(self, line: _Line) -> bool:
         if self._look_everywhere or line.out:
             return True
-        if line.service is None:
+        if line.name is None:
             return not self._going <= self._services.keys()
-        return line.service.name in self._going
+        return line.name in self._going
 
     async def _begin(self) -> None:
         await self._release()
@@ -196,7 +206,7 @@ class Retrier:
         claims = True
         while trio.current_time() < until:
             line.changed = trio.Event()
-            room = line.room
+            room = self._room(line)
             if line.waiting and not room:
                 self._leave(line)
             wanted = PAGE if room > 1 else room
@@ -227,11 +237,11 @@ class Retrier:
         self._leave(line)
 
     async def _claim(self, line: _Line, limit: int) -> list[Item]:
-        if line.service is None:
+        if line.name is None:
             return await self._journal.claim_dead_letters(
                 self._epoch, limit, list(self._services), others=True
             )
-        return await self._journal.claim_dead_letters(self._epoch, limit, [line.service.name])
+        return await self._journal.claim_dead_letters(self._epoch, limit, [line.name])
 
     def _leave(self, line: _Line) -> None:
         """What found no room in all that time, or finds none now, is for the next run."""

@@ -1,17 +1,19 @@
 """The actor of one domain: takes deliveries from sessions and makes attempts over its lanes. The
-number of lanes is the concurrency of that service.
+number of lanes bounds the concurrency of that service.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import trio
 
 from .breaker import Breaker, BreakerState, RetryBudget
+from .concurrency import Concurrency
 from .errors import NotOwner
+from .histogram import Histogram
 from .kernel import Address, MailboxClosed, Promise
 from .messages import Ack, Envelope, Outcome, Reject, Retry
 from .ports import Gated, Handler, RedeliveryPolicy, RetryPolicy, Unreadable
@@ -52,6 +54,13 @@ class Deferred:
     attempts: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """This actor makes no more attempts: whoever serves the domain now is to be asked."""
+
+    attempts: int = 0
+
+
 Result = Delivered | Rejected | Undelivered | Deferred
 
 
@@ -60,26 +69,34 @@ class Deliver:
     """What a session asks."""
 
     envelope: Envelope
-    promise: Promise[Result]
+    promise: Promise[Result | Moved]
+
+
+@dataclass(frozen=True, slots=True)
+class TimedOut(Retry):
+    """There was no answer in time."""
 
 
 @dataclass(slots=True)
 class ServiceStatistics:
-    """Since start: attempts made, and those that did not end in 2xx."""
+    """Since this process began to deliver: attempts made, those that did not end in 2xx, and how long each
+    took that was not broken off."""
 
     attempts: int = 0
     failures: int = 0
+    latency: Histogram = field(default_factory=Histogram)
 
 
 OpenLane = Callable[[], AbstractAsyncContextManager[Handler]]
 
 
 class Service:
-    """`lanes` tasks take deliveries from one mailbox. `may_attempt` is asked before every attempt: it
-    is false while the lease is not known to be held. `strict`: a conversation waits behind its dead letters.
-    `waiting` deliveries may wait for a lane, and beyond them as many dead letters as there are lanes: however
-    many messages come, these get their share. `on_taken` is told when a lane takes a delivery, and how
-    many more may wait now.
+    """As many tasks as `concurrency` has at most take deliveries from one mailbox, and as many as it allows
+    now make attempts. `may_attempt` is asked before every attempt: it is false while the lease is not known
+    to be held. `strict`: a conversation waits behind its dead letters. `paused`: nobody may bring it
+    anything. `waiting` deliveries may wait for a lane, and beyond them as many dead letters as there are
+    lanes: however many messages come, these get their share. `on_taken` is told when a lane takes a delivery,
+    and how many more may wait now.
     """
 
     def __init__(
@@ -87,25 +104,28 @@ class Service:
         name: str,
         *,
         open_lane: OpenLane,
-        lanes: int,
+        concurrency: Concurrency,
         waiting: int,
         timeout: float,
         deadline: float,
         policy: RetryPolicy,
         redelivery: RedeliveryPolicy,
         strict: bool,
+        paused: bool,
         breaker: Breaker,
+        statistics: ServiceStatistics,
         may_attempt: Callable[[], bool],
         on_taken: Callable[[str, int], None],
     ) -> None:
         self.name = name
-        self.address: Address[Deliver] = Address(f"service/{name}", waiting + lanes)
+        self.address: Address[Deliver] = Address(f"service/{name}", waiting + concurrency.most)
         self.redelivery = redelivery
         self.strict = strict
-        self.lanes = lanes
+        self.paused = paused
+        self.concurrency = concurrency
         self.patience = timeout / 4  # seconds that a session waits for it while it takes nothing
         self.breaker = breaker
-        self.statistics = ServiceStatistics()
+        self.statistics = statistics
         self._open_lane = open_lane
         self._waiting = waiting
         self._timeout = timeout
@@ -115,18 +135,25 @@ class Service:
         self._on_taken = on_taken
         self._budget = RetryBudget()
         self._gates: set[trio.CancelScope] = set()
+        self._running = 0
+        self._idle = trio.lowlevel.ParkingLot()  # lanes that hold a delivery beyond the limit
         self._draining = False
+        self._retired = trio.Event()
 
     @property
     def room(self) -> int:
         """How many more deliveries may wait for a lane, dead letters apart."""
         return max(0, self._waiting - len(self.address.mailbox))
 
+    def opens_in(self) -> float | None:
+        """Seconds until it may be tried, 0 when it may now; None: nobody knows."""
+        return None if self.paused else self.breaker.probe_in()
+
     async def run(self) -> None:
         """Until the mailbox is closed and every lane has finished what it held."""
         try:
             async with trio.open_nursery() as nursery:
-                for number in range(self.lanes):
+                for number in range(self.concurrency.most):
                     nursery.start_soon(self._lane, name=f"lane/{self.name}/{number}")
         except BaseException:
             self.address.abandon_taken()
@@ -143,10 +170,17 @@ class Service:
                 except MailboxClosed:
                     return
                 self._on_taken(self.name, self.room)
+                while self._running >= self.concurrency.limit and not self._retired.is_set():
+                    await self._idle.park()
+                self._running += 1
                 try:
                     delivery.promise.answer(await self._deliver(handler, delivery.envelope))
                 except NotOwner as refusal:
                     delivery.promise.fail(refusal)
+                finally:
+                    self._running -= 1
+                    if self._idle:
+                        self._idle.unpark(count=max(1, self.concurrency.limit - self._running))
 
     async def _until_ready(self, handler: Gated) -> None:
         with trio.CancelScope() as scope:
@@ -163,11 +197,21 @@ class Service:
             scope.cancel()
         self.address.mailbox.close()
 
-    async def _deliver(self, handler: Handler, envelope: Envelope) -> Result:
+    def retire(self) -> None:
+        """Begin no more attempts: what waits is told so, what runs is finished."""
+        self._retired.set()
+        self._idle.unpark_all()
+        self.drain()
+        for delivery in self.address.mailbox.drain_nowait():
+            delivery.promise.answer(Moved())
+
+    async def _deliver(self, handler: Handler, envelope: Envelope) -> Result | Moved:
         started = trio.current_time()
         attempts = counted = 0
         self._budget.delivery()
         while True:
+            if self._retired.is_set():
+                return Moved(attempts)
             if not self._may_attempt():
                 raise NotOwner(self.name)
             ticket = self.breaker.admit()
@@ -178,7 +222,7 @@ class Service:
             try:
                 outcome = await self._attempt(handler, envelope, attempts, started)
             finally:
-                self.breaker.record(ticket, *_verdict(outcome), seconds=trio.current_time() - began)
+                self._measure(ticket, outcome, began)
             if isinstance(outcome, Ack):
                 return Delivered(outcome, attempts)
             if isinstance(outcome, Unreadable):
@@ -196,7 +240,18 @@ class Service:
                 asked = outcome.after
                 put_off = None if asked is None else self._policy.put_off(asked)
                 return Undelivered(outcome.reason, attempts, put_off)
-            await trio.sleep(wait)
+            with trio.move_on_after(wait):
+                await self._retired.wait()
+
+    def _measure(self, ticket: int, outcome: Outcome | Unreadable | None, began: float) -> None:
+        now = trio.current_time()
+        self.breaker.record(ticket, *verdict(outcome), seconds=now - began)
+        if isinstance(outcome, TimedOut):
+            self.concurrency.timed_out(began=began, now=now)
+        elif not isinstance(outcome, Retry | None):
+            self.concurrency.answered(now - began, running=self._running)
+        if outcome is not None:
+            self.statistics.latency.observe(now - began)
 
     def _deferred(self, attempts: int) -> Deferred:
         return Deferred(f"the service is left alone for a while: {self.breaker.reason}", attempts)
@@ -210,10 +265,10 @@ class Service:
         left = self._deadline - (trio.current_time() - started)
         with trio.move_on_after(min(self._timeout, left)):
             return await handler.attempt(envelope)
-        return Retry(reason=f"no answer within {self._timeout:g} s")
+        return TimedOut(reason=f"no answer within {self._timeout:g} s")
 
 
-def _verdict(outcome: Outcome | Unreadable | None) -> tuple[bool | None, str]:
+def verdict(outcome: Outcome | Unreadable | None) -> tuple[bool | None, str]:
     """What an attempt says about the service, and why. One that refuses a message is well."""
     if isinstance(outcome, Retry):
         return (False if outcome.after is None else None), outcome.reason

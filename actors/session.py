@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import Protocol
 
-from .kernel import Address, MailboxFull
+from .kernel import Address, MailboxClosed, MailboxFull
 from .messages import (
     UNCHANGED,
     Ack,
@@ -22,7 +23,7 @@ from .messages import (
     Turn,
 )
 from .ports import Clock, Route, RoutePolicy
-from .service import Deferred, Deliver, Delivered, Rejected, Result, Service, Undelivered
+from .service import Deferred, Deliver, Delivered, Moved, Rejected, Result, Service, Undelivered
 
 
 class Conversations(Protocol):
@@ -163,7 +164,9 @@ class SessionActor:
         """The service's result; a string when nobody serves the domain; None when parked."""
         service = self._services.get(domain)
         if service is None:
-            return f"no service for domain {domain!r}"
+            return _no_service(domain)
+        if service.paused:
+            return Deferred("the service is paused")
         if item.dead_letter is None:  # a letter has a place of its own
             if self._deferrals.holds(self._key, domain):
                 return Deferred("an earlier message of the conversation waits")
@@ -188,10 +191,30 @@ class SessionActor:
         )
         try:
             # NotOwner and ActorDied end this incarnation: the journal still has the message.
-            return await service.address.ask_nowait(lambda promise: Deliver(envelope, promise))
+            result: Result | Moved = await service.address.ask_nowait(partial(Deliver, envelope))
         except MailboxFull:
             self._conversations.park(self._key, domain)
             return None
+        if isinstance(result, Moved):
+            result = await self._move(envelope, domain, result.attempts)
+        if isinstance(result, Undelivered | Deferred) and domain not in self._services:
+            return _no_service(domain)
+        return result
+
+    async def _move(self, envelope: Envelope, domain: str, attempts: int) -> Result:
+        """The service was replaced while it had the delivery, which had its turn: on to the new one."""
+        while (service := self._services.get(domain)) is not None and not service.paused:
+            envelope = replace(envelope, redelivered=envelope.redelivered or attempts > 0)
+            try:
+                result: Result | Moved = await service.address.ask(partial(Deliver, envelope))
+            except MailboxClosed:
+                if service is self._services.get(domain):
+                    raise
+                continue  # replaced again
+            if not isinstance(result, Moved):
+                return replace(result, attempts=result.attempts + attempts)
+            attempts += result.attempts
+        return Deferred("the service is paused", attempts)
 
     def _completion(
         self, item: Item, session: Session, domain: str, rule: str, result: Result | str
@@ -272,3 +295,7 @@ class SessionActor:
             state=session.state if state is UNCHANGED else state,
             version=self._next_version(),
         )
+
+
+def _no_service(domain: str) -> str:
+    return f"no service for domain {domain!r}"

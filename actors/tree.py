@@ -4,7 +4,7 @@ first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -14,6 +14,7 @@ import trio
 
 from .breaker import Breaker, Trips
 from .completer import Completer
+from .concurrency import Concurrency
 from .deferrals import Deferrals
 from .dispatcher import Dispatcher
 from .errors import JournalUnavailable, LeaseLost
@@ -24,25 +25,27 @@ from .messages import Completion, Item, Session
 from .outbound import OpenSender, Outbound
 from .ports import Clock, JobLog, Journal, Outbox, RedeliveryPolicy, ResendPolicy, RetryPolicy, RoutePolicy
 from .retrier import Retrier
-from .service import OpenLane, Service
+from .service import OpenLane, Service, ServiceStatistics
 from .session import SessionActor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceSpec:
-    """One service: times in seconds; `waiting` deliveries wait for a lane, more stay in the journal.
-    `trips` opens its breaker; `strict`: a conversation waits behind its
-    dead letters.
+    """One service: times in seconds; `waiting` deliveries wait for a lane, more stay in the journal. Between
+    `least_lanes` and `lanes` attempts run at once. `trips` opens its breaker; `strict`: a conversation waits
+    behind its dead letters; `paused`: nothing is attempted, and what comes for it waits.
     """
 
     name: str
     open_lane: OpenLane
     lanes: int
+    least_lanes: int
     timeout: float
     deadline: float
     waiting: int
     redelivery: RedeliveryPolicy
     strict: bool
+    paused: bool
     trips: Trips
 
 
@@ -70,17 +73,19 @@ class JanitorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TreeSpec:
-    """What a delivering side is made of. `session_mailbox` is K; `report(event, error)` gets crashes
-    and trouble with the journal, `on_breaker` a service, or "sender", whose breaker has changed. Without a
-    `sender` replies stay where they are, without a `janitor` no job is done. `erasures`: how many times
-    persons were erased, or may have been, since this process began; what is remembered from before is read
-    again."""
+    """What a delivering side is made of. `session_mailbox` is K; `report(event, error)` gets crashes and
+    trouble with the journal, `on_breaker` a service, or "sender", whose breaker has changed. Without a
+    `sender` replies stay where they are, without a `janitor` no job is done. `services` are those of now:
+    whoever changes them says so, and a spec that is another object is another service. `erasures`: how many
+    times persons were erased, or may have been, since this process began; what is remembered from before is
+    read again.
+    """
 
     journal: Journal
     sender: SenderSpec | None
     janitor: JanitorSpec | None
     routes: RoutePolicy
-    services: tuple[ServiceSpec, ...]
+    services: Callable[[], Iterable[ServiceSpec]]
     retry: RetryPolicy
     clock: Clock
     session_ttl: timedelta
@@ -118,7 +123,11 @@ class DeliveryTree:
         self._versions = count((epoch << 40) + 1)  # they never repeat: no epoch makes 2**40 changes
         self.completer: Address[Completion] = Address("completer", spec.completer_capacity)
         self._loader: Address[Load] = Address("session-loader", spec.max_live_sessions)
-        self.services: Mapping[str, Service] = {}
+        self.services: dict[str, Service] = {}
+        self._service_specs: dict[str, ServiceSpec] = {}
+        self._service_statistics: dict[str, ServiceStatistics] = {}
+        self._service_nursery: trio.Nursery | None = None
+        self._services_drained = trio.Event()
         self._deferrals = Deferrals(spec.journal)
         self._draining: set[str] = set()  # children that were asked to finish, also those not there yet
         self.dispatcher: Dispatcher | None = None
@@ -264,47 +273,82 @@ class DeliveryTree:
             await trio.sleep_forever()  # the owner ends this tree
 
     async def _run_services(self) -> None:
-        """Services anew: the mailboxes of those before are buried."""
-        spec = self._spec
-        self.services = {
-            service.name: Service(
-                service.name,
-                open_lane=service.open_lane,
-                lanes=service.lanes,
-                waiting=service.waiting,
-                timeout=service.timeout,
-                deadline=service.deadline,
-                policy=spec.retry,
-                redelivery=service.redelivery,
-                strict=service.strict,
-                breaker=Breaker(
-                    service.trips,
-                    pause=spec.retry.pause,
-                    clock=trio.current_time,
-                    on_change=partial(self._breaker_changed, service.name),
-                ),
-                may_attempt=self._may_attempt,
-                on_taken=self._taken,
-            )
-            for service in spec.services
-        }
-        if "services" in self._draining:
-            self._drain_services()
+        """Services anew: the mailboxes of those before are buried. Who was replaced finishes here, too."""
+        self.services = {}
+        try:
+            async with trio.open_nursery() as nursery:
+                self._service_nursery = nursery
+                for spec in self._spec.services():
+                    self._start_service(nursery, spec)
+                if "services" in self._draining:
+                    self._drain_services()
+                await self._services_drained.wait()
+        finally:
+            self._service_nursery = None
+
+    def change_services(self) -> None:
+        """They are others now. One whose spec is the same goes on; one that is gone, or another, begins no
+        more attempts, and who waits for it is sent to whoever has its name now.
+        """
+        nursery = self._service_nursery
+        if nursery is None or "services" in self._draining:
+            return  # they are read when they start
+        wanted = {spec.name: spec for spec in self._spec.services()}
+        gone = [name for name in self.services if wanted.get(name) is not self._service_specs[name]]
+        for name in gone:
+            self.services.pop(name).retire()
+        started = [spec for name, spec in wanted.items() if name not in self.services]
+        for spec in started:
+            self._start_service(nursery, spec)
+        if self._retrier is not None and (gone or started):
+            self._retrier.change_services()
+        if self.dispatcher is not None:
+            for name in gone:
+                service = self.services.get(name)
+                self.dispatcher.replaced(name, None if service is None or service.paused else service.room)
+
+    def _start_service(self, nursery: trio.Nursery, spec: ServiceSpec) -> None:
+        name = spec.name
+        breaker = Breaker(
+            spec.trips,
+            pause=self._spec.retry.pause,
+            clock=trio.current_time,
+            on_change=lambda: self._breaker_changed(name, breaker),
+        )
+        service = Service(
+            name,
+            open_lane=spec.open_lane,
+            concurrency=Concurrency(spec.least_lanes, spec.lanes),
+            waiting=spec.waiting,
+            timeout=spec.timeout,
+            deadline=spec.deadline,
+            policy=self._spec.retry,
+            redelivery=spec.redelivery,
+            strict=spec.strict,
+            paused=spec.paused,
+            breaker=breaker,
+            statistics=self._service_statistics.setdefault(name, ServiceStatistics()),
+            may_attempt=self._may_attempt,
+            on_taken=self._taken,
+        )
+        self.services[name] = service
+        self._service_specs[name] = spec
+        nursery.start_soon(self._supervise_service, service, name=f"services/{name}")
+
+    async def _supervise_service(self, service: Service) -> None:
         supervisor = Supervisor(
-            "services",
-            [
-                ChildSpec(name, service.run, service.drain, service.address.bury)
-                for name, service in self.services.items()
-            ],
+            service.name,
+            [ChildSpec(service.name, service.run, service.drain, service.address.bury)],
             strategy=Strategy.ONE_FOR_ONE,
             max_restarts=20,
             period=60,
-            on_crash=spec.report,
+            on_crash=self._spec.report,
         )
         await supervisor.run()
 
     def _drain_services(self) -> None:
         self._draining.add("services")
+        self._services_drained.set()
         for service in self.services.values():
             service.drain()
 
@@ -333,7 +377,7 @@ class DeliveryTree:
             sweep_every=spec.sweep_every,
             on_crash=lambda key, error: spec.report("session", error),
             on_replay_lost=retrier.lost,
-            patience=lambda name: self.services[name].patience,
+            patience=self._patience,
         )
         self.dispatcher, self._retrier = dispatcher, retrier
         if "dispatcher" in self._draining:
@@ -374,12 +418,19 @@ class DeliveryTree:
         if self.dispatcher is not None:
             self.dispatcher.close()
 
+    def _patience(self, name: str) -> float:
+        """Nobody stands in line for a service that is gone."""
+        service = self.services.get(name)
+        return 0.0 if service is None or service.paused else service.patience
+
     def _taken(self, service: str, room: int) -> None:
         if self.dispatcher is not None:
             self.dispatcher.taken(service, room)
 
-    def _breaker_changed(self, name: str) -> None:
-        breaker = self.services[name].breaker
+    def _breaker_changed(self, name: str, breaker: Breaker) -> None:
+        service = self.services.get(name)
+        if service is None or service.breaker is not breaker:
+            return  # of one that was replaced
         self._spec.on_breaker(name, breaker)
         wait = breaker.probe_in()
         if self._retrier is not None and wait is not None:

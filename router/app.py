@@ -12,7 +12,7 @@ from typing import Any
 
 import trio
 
-from actors.breaker import Breaker, BreakerState, Trips
+from actors.breaker import Breaker, BreakerState
 from actors.errors import JournalUnavailable, SpoolUnavailable
 from actors.ingress import Ingress, IngressStatistics
 from actors.kernel import Address, ChildSpec, Strategy, Supervisor
@@ -20,16 +20,17 @@ from actors.messages import Delivery, Envelope, Spooled
 from actors.outbound import OutboundStatistics
 from actors.owner import Owner
 from actors.ports import Clock
-from actors.tree import JanitorSpec, SenderSpec, ServiceSpec, TreeSpec
+from actors.service import OpenLane
+from actors.tree import JanitorSpec, SenderSpec, TreeSpec
 from actors.unspooler import Unspooler
 from router.accept import Webhooks, is_correlation_id, is_traceparent
 from router.channels.tombstones import Tombstones
 from router.clock import utc_now
-from router.config import Config, ServiceConfig
+from router.config import Config
 from router.config_rules import checked
 from router.database import migrate_database, open_database
-from router.delivery import graph, http, in_process
-from router.delivery.attached import AttachedService
+from router.delivery import graph, http
+from router.delivery.contract import KnownDomain
 from router.delivery.in_process import HandlerFunction
 from router.domains import canonical_domain
 from router.home_menu import HomeMenu, MenuRow
@@ -44,8 +45,9 @@ from router.postgres.journal import PATIENCE, WITH_A_SPOOL, PostgresJournal
 from router.postgres.lease import PostgresLease
 from router.postgres.migrate import MigrationError
 from router.postgres.outbox import PostgresOutbox
-from router.retry import REDELIVERY, Backoff
-from router.routing import Routes
+from router.registry import credentials_of, version_of
+from router.retry import Backoff
+from router.roster import Roster, ServiceStatus
 from router.schedule import next_time
 from router.spool.directory import SpoolDirectory
 
@@ -58,7 +60,7 @@ _INGRESS_LINGER = 4
 _SENDER_FAILURES = 5  # attempts in a row; the sender is then left alone for a while
 _REFUSES_FOR = 10.0  # seconds after which only another attempt can tell
 _KEEP_HOUSE_EVERY = 3_600.0
-_MENU_EVERY = 30.0
+_LOOK_EVERY = 30.0  # seconds at most: what nobody told of
 _REACH_EVERY = 0.2  # seconds between looks whether a database is there that was not at the start
 _REACH_AT_LEAST_EVERY = 2.0
 
@@ -76,11 +78,16 @@ class RouterStatistics:
     undelivered: int
     live_sessions: int
     waiting_for: Mapping[str, int]
-    breakers: Mapping[str, str]  # service -> closed, open or half-open
+    services: Mapping[str, ServiceStatus]
     spool_bytes: int | None  # that wait for the database; None: there is no spool
     outbound: OutboundStatistics | None  # None: replies are not sent, or not by this process
     sender_breaker: str | None
     attached: Mapping[str, int]  # service -> its connections
+
+    @property
+    def breakers(self) -> dict[str, str]:
+        """By service: closed, open or half-open."""
+        return {name: service.breaker for name, service in self.services.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +119,7 @@ class Router:
         self._dedup_key: bytes | None = None
         self._tombstones = Tombstones()
         self._erasures = 0  # that were heard of
-        self._erased = trio.Event()
+        self._look = trio.Event()  # at the tables of erasures, services and the menu
         self._handlers = {canonical_domain(name): function for name, function in handlers.items()}
         unknown = sorted(self._handlers.keys() - config.services.keys())
         if unknown:
@@ -126,6 +133,7 @@ class Router:
             on_dead_letters=lambda: self._owner.replay(),
             on_jobs=lambda: self._owner.look_at_jobs(),
             on_erasures=self._hear_of_erasures,
+            on_services=self._look_again,
         )
         limits = config.limits
         self.journal = PostgresJournal(
@@ -150,21 +158,22 @@ class Router:
             clock=clock,
         )
         self._outbox = PostgresOutbox(bridge, dsn, clock=clock)
-        self.attached = {
-            name: AttachedService(name, service.token, known_domain=self._is_domain)
-            for name, service in config.services.items()
-            if service.token is not None and name not in self._handlers
-        }
         retry = Backoff(random_unit)
-        self._routes = Routes(config.routing, config.services)
+        self.roster = Roster(
+            config,
+            self._handlers,
+            open_http_lane=self._open_http_lane,
+            retry=retry,
+            on_breaker=_report_breaker,
+        )
         self._owner = Owner(
             self._lease,
             TreeSpec(
                 journal=self.journal,
                 sender=self._sender_spec(retry),
                 janitor=JanitorSpec(log=self._jobs, work=housekeeping.work, next_time=next_time),
-                routes=self._routes,
-                services=tuple(self._service_specs()),
+                routes=self.roster,
+                services=self.roster.specs,
                 retry=retry,
                 clock=clock,
                 session_ttl=session_ttl,
@@ -226,25 +235,6 @@ class Router:
             breaker_failures=_SENDER_FAILURES,
         )
 
-    def _service_specs(self) -> list[ServiceSpec]:
-        specs = []
-        for name, service in self.config.services.items():
-            function = self._handlers.get(name)
-            if function is not None:
-                lane = in_process.open_lane(name, function, self._is_domain)
-            elif name in self.attached:
-                lane = self.attached[name].open_lane()
-            elif service.url is not None:
-                target = http.Target.of(service.url, service.secret, allow_private=service.allow_private)
-                lane = http.open_lane(target, clock=self._clock, known_domain=self._is_domain)
-            else:
-                continue
-            specs.append(_service_spec(service, lane))
-        return specs
-
-    def _is_domain(self, name: str) -> bool:
-        return name in self.config.services
-
     async def submit(self, envelope: Envelope) -> None:
         """Take one message as if it had come in by webhook; returns when it is durable. The same
         `message_id` again is a duplicate and returns as well.
@@ -297,13 +287,9 @@ class Router:
             waiting_for=dispatcher.waiting_for if dispatcher is not None else {},
             spool_bytes=None if self.spool is None else self.spool.size,
             outbound=outbound.statistics if outbound is not None else None,
-            attached={name: service.connections for name, service in self.attached.items()},
+            attached={name: service.connections for name, service in self.roster.attached.items()},
             sender_breaker=str(outbound.breaker.state) if outbound is not None else None,
-            breakers=(
-                {}
-                if tree is None
-                else {name: str(service.breaker.state) for name, service in tree.services.items()}
-            ),
+            services=self.roster.statistics({} if tree is None else tree.services),
         )
 
     @property
@@ -355,6 +341,7 @@ class Router:
         """Partitions, the ledger's key and the menu, before the first message is journaled. Raises
         JournalUnavailable."""
         await self.journal.keep_house()
+        await self._load_services()
         await self._load_menu()
         await self._load_tombstones()
         self._dedup_key = await self.journal.dedup_key()
@@ -440,15 +427,16 @@ class Router:
         await self.journal.close()
 
     async def _keep_house(self) -> None:
-        """The ledger rotates; the menu and the tombstones follow their tables."""
+        """The ledger rotates; services, menu and tombstones follow their tables."""
         await self._reached.wait()
         next_house = trio.current_time() + _KEEP_HOUSE_EVERY
         while True:
-            with trio.move_on_after(_MENU_EVERY):
-                await self._erased.wait()
-            self._erased = trio.Event()
+            with trio.move_on_after(_LOOK_EVERY):
+                await self._look.wait()
+            self._look = trio.Event()
             try:
                 await self._load_tombstones()
+                await self._load_services()
                 await self._load_menu()
                 if trio.current_time() >= next_house:
                     await self.journal.rotate_ledger()
@@ -458,16 +446,43 @@ class Router:
 
     def _hear_of_erasures(self) -> None:
         self._erasures += 1
-        self._erased.set()
+        self._look_again()
+
+    def _look_again(self) -> None:
+        self._look.set()
 
     async def _load_tombstones(self) -> None:
         self._tombstones.load(*await self.journal.erasures())
 
     async def _load_menu(self) -> None:
-        self._routes.menu = HomeMenu(
-            MenuRow(row["country"], row["language"], row["domain"], row["title"], row["description"])
-            for row in await self.journal.home_menu()
+        self.roster.use_menu(
+            HomeMenu(
+                MenuRow(row["country"], row["language"], row["domain"], row["title"], row["description"])
+                for row in await self.journal.home_menu()
+            )
         )
+
+    async def _load_services(self) -> None:
+        versions, secrets = await self.journal.services()
+        if self.roster.use(map(version_of, versions), credentials_of(secrets)):
+            self._owner.change_services()
+
+    def reload(self, config: Config) -> None:
+        """Go by what this configuration says of services and routing; all else stays until the next start."""
+        if self.roster.reload(config):
+            self._owner.change_services()
+
+    def _open_http_lane(
+        self,
+        url: str,
+        secret: str | None,
+        *,
+        allow_private: bool,
+        shadow: bool,
+        known_domain: KnownDomain,
+    ) -> OpenLane:
+        target = http.Target.of(url, secret, allow_private=allow_private, shadow=shadow)
+        return http.open_lane(target, clock=self._clock, known_domain=known_domain)
 
 
 @asynccontextmanager
@@ -530,25 +545,6 @@ async def adopt_spool(
             await unspooler.empty()
     finally:
         spool.close()
-
-
-def _service_spec(service: ServiceConfig, lane: Any) -> ServiceSpec:
-    return ServiceSpec(
-        name=service.name,
-        open_lane=lane,
-        lanes=service.lanes,
-        timeout=service.timeout_ms / 1000,
-        deadline=service.deadline_ms / 1000,
-        waiting=max(2 * service.lanes, 16),
-        redelivery=REDELIVERY[service.dead_letters],
-        strict=service.order == "strict",
-        trips=Trips(
-            service.breaker_failures,
-            failure_ratio=service.breaker_failure_ratio,
-            slow_after=None if service.breaker_slow_ms is None else service.breaker_slow_ms / 1000,
-            slow_ratio=service.breaker_slow_ratio,
-        ),
-    )
 
 
 def _report(what: str, error: Exception) -> None:

@@ -22,6 +22,7 @@ from router.command import (
     load,
     operate,
     print_json,
+    read_again,
     run_command,
     say,
     with_config,
@@ -32,6 +33,7 @@ from router.dlq import dlq
 from router.erase import erase
 from router.events import events
 from router.jobs import jobs, settings
+from router.services import services
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -52,6 +54,7 @@ main.add_command(dlq)
 main.add_command(erase)
 main.add_command(events)
 main.add_command(jobs)
+main.add_command(services)
 main.add_command(settings)
 
 
@@ -77,23 +80,22 @@ def serve(
     schema: str | None,
     config_file: Path | None,
 ) -> None:
-    """Take webhooks, store, route and deliver them, until SIGTERM.
+    """Take webhooks, store, route and deliver them, until SIGTERM. SIGHUP reads services and routing again.
 
     \b
     Example:   postroom serve --dev --port 8080
     """
-    config = load(
-        config_file=config_file,
-        need_secrets=True,
-        host=host,
-        port=port,
-        admin_host=admin_host,
-        admin_port=admin_port,
-        dev=dev,
-        data_dir=data_dir,
-        database_url=database_url,
-        schema=schema,
-    )
+    overrides = {
+        "host": host,
+        "port": port,
+        "admin_host": admin_host,
+        "admin_port": admin_port,
+        "dev": dev,
+        "data_dir": data_dir,
+        "database_url": database_url,
+        "schema": schema,
+    }
+    config = load(config_file=config_file, need_secrets=True, **overrides)
     from router.observe.logs import configure_logging
     from router.serve import echo
     from router.serve import serve as run_server
@@ -106,7 +108,7 @@ def serve(
     for name, value in config.generated.items():
         say(f"{name}={value}  (made up for this run)")
     handlers = (
-        {name: echo for name, s in config.services.items() if s.url is None and s.token is None}
+        {name: echo for name, s in config.services.items() if s.url is None and not s.attaches}
         if config.dev
         else {}
     )
@@ -115,6 +117,7 @@ def serve(
             run_server,
             config,
             handlers=handlers,
+            reload=lambda: read_again(config, config_file=config_file, overrides=overrides),
             apply_migrations=True if apply_migrations else None,
             announce=click.echo,
             report=say,

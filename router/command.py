@@ -8,7 +8,7 @@ import getpass
 import json
 import os
 import re
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import wraps
@@ -62,6 +62,13 @@ def load(*, config_file: Path | None, need_secrets: bool, **overrides: object) -
     except ConfigError as error:
         problems = "\n".join(f"  {problem}" for problem in error.problems)
         raise click.UsageError(f"the configuration cannot be used:\n{problems}") from None
+
+
+def read_again(config: Config, *, config_file: Path | None, overrides: Mapping[str, object]) -> Config:
+    """The configuration as it is now, with the secrets that were made up for `config`. Raises ConfigError."""
+    from router.settings import load_config
+
+    return load_config(file=config_file, environ={**config.generated, **os.environ}, overrides=overrides)
 
 
 @contextmanager

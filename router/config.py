@@ -6,6 +6,7 @@ router.config_rules.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,8 @@ DEFAULT_TIMEOUT_MS: Final = 4_000
 DEFAULT_DEADLINE_MS: Final = 15_000
 DEAD_LETTER_POLICIES: Final = ("standard", "fast")
 ORDER_POLICIES: Final = ("continue", "strict")
+SERVICE_STATES: Final = ("active", "paused", "draining")
+URL_FIELDS: Final = ("url", "canary_url", "shadow_url")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +74,24 @@ class AppConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceConfig:
-    """A domain, and the service behind it. With `url` it is posted to; with `token` it attaches to us, and
-    shows it; with neither it is reached in process, or not at all.
+    """A domain, and the service behind it. With `url` it is posted to; without, and with a token, it attaches
+    to us; with neither it is reached in process, or not at all. `token` is what it shows when it comes to us,
+    to attach or to send a message; `token_sha256` is known instead where only the digest is.
 
-    `timeout_ms` bounds one attempt, `deadline_ms` all attempts of one delivery, `lanes` how many run at once.
-    `secret` is `whsec_` and base64, as Standard Webhooks writes it; without one deliveries are not signed.
-    `dead_letters` names the policy after which they are retried: "standard" or "fast" (router.retry). `order`
-    says what a conversation does while it has one: "continue" with this service, or "strict", wait behind it.
-    Without `allow_private` its URL must resolve to public addresses; cloud metadata is never reached. The
-    router leaves the service alone for a while after `breaker_failures` attempts in a row that failed, or
-    when of the last 50 attempts a share of `breaker_failure_ratio` failed, or of `breaker_slow_ratio` took
+    `timeout_ms` bounds one attempt, `deadline_ms` all attempts of one delivery. Between `lanes_min` and
+    `lanes` attempts run at once: fewer after timeouts, more again while latency is flat. `secret` is `whsec_`
+    and base64, as Standard Webhooks writes it; without one deliveries are not signed. `dead_letters` names
+    the policy after which they are retried: "standard" or "fast" (router.retry). `order` says what a
+    conversation does while it has one: "continue" with this service, or "strict", wait behind it. Without
+    `allow_private` its URL must resolve to public addresses; cloud metadata is never reached. The router
+    leaves the service alone for a while after `breaker_failures` attempts in a row that failed, or when of
+    the last 50 attempts a share of `breaker_failure_ratio` failed, or of `breaker_slow_ratio` took
     `breaker_slow_ms` or longer (None: none is slow).
+
+    `state`: "active"; "paused", what comes for it waits; "draining", conversations that are with it go on and
+    no other gets to it. A share of `canary_share` of the conversations goes to `canary_url`, always the same
+    ones; what that share of `shadow_share` says is copied to `shadow_url`, whose answers count for nothing.
+    `public_only` names those of its URLs that must be public whatever `allow_private` says.
     """
 
     name: str
@@ -89,9 +99,17 @@ class ServiceConfig:
     timeout_ms: int = DEFAULT_TIMEOUT_MS
     deadline_ms: int = DEFAULT_DEADLINE_MS
     lanes: int = 8
+    lanes_min: int = 1
     secret: str | None = field(default=None, repr=False)
     token: str | None = field(default=None, repr=False)
+    token_sha256: str | None = field(default=None, repr=False)
     allow_private: bool = True
+    public_only: frozenset[str] = frozenset()
+    state: str = SERVICE_STATES[0]
+    canary_url: str | None = None
+    canary_share: float = 0.1
+    shadow_url: str | None = None
+    shadow_share: float = 1.0
     statuses: bool = False
     dead_letters: str = DEAD_LETTER_POLICIES[0]
     order: str = ORDER_POLICIES[0]
@@ -100,6 +118,21 @@ class ServiceConfig:
     breaker_slow_ms: int | None = None
     breaker_slow_ratio: float = 0.8
     keywords: Words = field(default_factory=dict)
+
+    @property
+    def credential(self) -> str | None:
+        """The SHA-256 of its token, in hexadecimal digits; None: it may not come to us."""
+        if self.token is not None:
+            return hashlib.sha256(self.token.encode()).hexdigest()
+        return self.token_sha256
+
+    @property
+    def attaches(self) -> bool:
+        """Whether it is reached over the connections that it opens."""
+        return self.url is None and self.credential is not None
+
+    def is_private_allowed(self, url_field: str) -> bool:
+        return self.allow_private and url_field not in self.public_only
 
 
 def default_services() -> dict[str, ServiceConfig]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,6 +32,11 @@ _TYPE_FIXES: Final = {
     "dict_type": ("is not a table", "write it like {en = [...]}, or as a [section]"),
     "model_type": ("is not a table", "write it as a [section]"),
 }
+_NOT_IN_A_DEFINITION: Final = {
+    "state": "use postroom services pause, drain, resume or remove",
+    "secret_env": "use postroom services secret",
+    "token_env": "use postroom services token",
+}
 _SECRET_FIXES: Final = {
     "secret": "name an environment variable in secret_env, and put the secret there",
     "secret_previous": "name an environment variable in secret_previous_env, and put the secret there",
@@ -51,9 +56,15 @@ class ServiceTable(_Strict):
     timeout_ms: int | None = None
     deadline_ms: int = DEFAULT_DEADLINE_MS
     lanes: int = 8
+    lanes_min: int = 1
     secret_env: str | None = None
     token_env: str | None = None
     allow_private: bool = True
+    state: str = "active"
+    canary_url: str | None = None
+    canary_share: float = 0.1
+    shadow_url: str | None = None
+    shadow_share: float = 1.0
     statuses: bool = False
     dead_letters: str = "standard"
     order: str = "continue"
@@ -141,6 +152,28 @@ def read_file(path: Path, report: Report, *, required: bool) -> FileTable:
         report(Problem(str(path), f"is larger than {FILE_MAX_BYTES} bytes", "give a smaller --config file"))
         return FileTable()
     return _validated(_parsed(raw, str(path), report), report)
+
+
+def read_service(name: str, definition: Mapping[str, Any], report: Report) -> dict[str, Any]:
+    """The settings of one service that `definition` names, as [services.NAME] has them; each that cannot be
+    used is reported and left out. Its state and its secrets are said elsewhere.
+    """
+    given = dict(definition)
+    for key, fix in _NOT_IN_A_DEFINITION.items():
+        if given.pop(key, None) is not None:
+            report(Problem(dotted("services", name, key), "does not belong into a definition", fix))
+    while True:
+        try:
+            return ServiceTable.model_validate(given).model_dump(include=set(given))
+        except ValidationError as error:
+            for found in error.errors(include_input=False, include_url=False, include_context=False):
+                keys = ("services", name, *(str(key) for key in found["loc"]))
+                if found["type"] == "extra_forbidden":
+                    known = sorted(ServiceTable.model_fields.keys() - _NOT_IN_A_DEFINITION)
+                    report(unknown_setting(keys, known))
+                else:
+                    report(_wrong_value(found["type"], found["msg"], keys))
+                given.pop(str(found["loc"][0]), None)
 
 
 def unknown_setting(keys: tuple[str, ...], known: list[str]) -> Problem:

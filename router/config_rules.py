@@ -20,6 +20,8 @@ from router.config import (
     DEFAULT_APP,
     DEFAULT_DEADLINE_MS,
     ORDER_POLICIES,
+    SERVICE_STATES,
+    URL_FIELDS,
     AppConfig,
     Config,
     ConfigError,
@@ -143,8 +145,9 @@ def _services(config: Config) -> Iterator[Problem]:
                 "cannot be the name of a domain",
                 "use up to 63 of a-z, 0-9 and _, a letter first, and not menu, home or exit",
             )
-        if service.url is not None and (found := url_problem(service.url)) is not None:
-            yield Problem(f"{at}.url", *found)
+        yield from _service_urls(at, service)
+        if service.state not in SERVICE_STATES:
+            yield Problem(f"{at}.state", "is not a state", f"use one of: {', '.join(SERVICE_STATES)}")
         if service.statuses:
             yield Problem(
                 f"{at}.statuses",
@@ -165,8 +168,6 @@ def _services(config: Config) -> Iterator[Problem]:
                 "has characters that no token has",
                 "use letters, digits and . _ ~ + / - only, as `openssl rand -hex 32` prints",
             )
-        if service.token is not None and service.url is not None:
-            yield Problem(f"{at}.token_env", "stands beside url", "keep url, or let the service attach")
         if not 1 <= service.breaker_failures <= 1_000_000:
             yield Problem(
                 f"{at}.breaker_failures",
@@ -176,6 +177,8 @@ def _services(config: Config) -> Iterator[Problem]:
         for name, ratio in (
             ("breaker_failure_ratio", service.breaker_failure_ratio),
             ("breaker_slow_ratio", service.breaker_slow_ratio),
+            ("canary_share", service.canary_share),
+            ("shadow_share", service.shadow_share),
         ):
             if not 0 < ratio <= 1:
                 yield Problem(
@@ -197,6 +200,12 @@ def _services(config: Config) -> Iterator[Problem]:
             yield Problem(
                 f"{at}.lanes", f"{service.lanes} is not between 1 and 1024", "8 suits most services"
             )
+        elif not 1 <= service.lanes_min <= service.lanes:
+            yield Problem(
+                f"{at}.lanes_min",
+                f"{service.lanes_min} is not between 1 and lanes ({service.lanes})",
+                "1 lets a service that times out be asked one at a time",
+            )
         if service.timeout_ms == config.router_timeout_ms > service.deadline_ms == DEFAULT_DEADLINE_MS:
             timeout_is_inherited.append(key)
         else:
@@ -208,6 +217,17 @@ def _services(config: Config) -> Iterator[Problem]:
             + ", ".join(timeout_is_inherited),
             "lower it, or raise deadline_ms of these services",
         )
+
+
+def _service_urls(at: str, service: ServiceConfig) -> Iterator[Problem]:
+    for name in URL_FIELDS:
+        url: str | None = getattr(service, name)
+        if url is None:
+            continue
+        if (found := url_problem(url)) is not None:
+            yield Problem(f"{at}.{name}", *found)
+        elif name != "url" and service.url is None:
+            yield Problem(f"{at}.{name}", "stands without url", "give the service a url, or take it out")
 
 
 def _sender(sender: SenderConfig | None) -> Iterator[Problem]:
@@ -378,7 +398,7 @@ def _limits(config: Config) -> Iterator[Problem]:
 
 
 def _addresses(config: Config) -> Iterator[Problem]:
-    attaches = any(service.token is not None for service in config.services.values())
+    attaches = any(service.credential is not None for service in config.services.values())
     ports = {"port": config.port, "admin_port": config.admin_port, "services_port": config.services_port}
     for name, port in ports.items():
         if not 0 <= port <= 65_535:

@@ -8,7 +8,7 @@ configuration.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 Words = Mapping[str, tuple[str, ...]]  # ISO 639-1 language -> words, in the order in which ties are broken
@@ -109,3 +109,9 @@ def fold(text: str) -> str:
     # Vowel signs of some scripts are marks that do not combine: part of the word, though not alphanumeric.
     spaced = (char if char.isalnum() or unicodedata.category(char)[0] == "M" else " " for char in kept)
     return " ".join("".join(spaced).split())
+
+
+def chosen_words(defaults: Words, given: Mapping[str, Sequence[str]], languages: Sequence[str]) -> Words:
+    """`given` where it names a language, else the defaults, for the configured languages in their order."""
+    chosen = {**defaults, **{language: tuple(words) for language, words in given.items()}}
+    return {language: chosen[language] for language in dict.fromkeys(languages) if language in chosen}

@@ -36,7 +36,11 @@ class _Word:
 
 
 class Routes:
-    """The rules over one configuration. Build anew when it changes; `menu` may be replaced in place."""
+    """The rules over one configuration. Build anew when it changes; `menu` may be replaced in place.
+
+    To a service that is draining only the conversations go that are with it. One whose active service is gone
+    is with nobody.
+    """
 
     def __init__(
         self, routing: RoutingConfig, services: Mapping[str, ServiceConfig], menu: HomeMenu | None = None
@@ -46,8 +50,9 @@ class Routes:
         self._language = routing.languages[0] if routing.languages else "en"
         self._buttons = dict(routing.buttons)
         self._domains = frozenset(services)
+        self._open = frozenset(name for name, service in services.items() if service.state != "draining")
         self._actions = _index((("menu", routing.menu), ("home", routing.home), ("exit", routing.exit)))
-        self._keywords = _index((name, service.keywords) for name, service in services.items())
+        self._keywords = _index((name, services[name].keywords) for name in services if name in self._open)
         self._order = {name: rank for rank, name in enumerate(services)}
         self._first_words: dict[str, list[str]] = {}
         for phrase in self._keywords:
@@ -68,7 +73,7 @@ class Routes:
             if target in _ACTIONS:
                 return self._action("button", target, reason, None, country)
             return Route("button", target, reason)
-        active = session.active_service
+        active = session.active_service if session.active_service in self._domains else None
         keyword = self._keywords.get(text)
         if keyword is not None and keyword.target != active:
             return Route("keyword", keyword.target, f"the whole text is {keyword.said!r}, a keyword")
@@ -80,7 +85,7 @@ class Routes:
         return self._fall_back(message, country)
 
     def _fall_back(self, message: JsonObject, country: str | None) -> Route:
-        if self._fallback != "menu":
+        if self._fallback in self._open:
             return Route("fallback", self._fallback, "nothing claims the message")
         kind = message.get("type")
         if isinstance(kind, str) and kind in _WITHOUT_WORDS:
@@ -99,10 +104,10 @@ class Routes:
     def _button_target(self, button: str) -> str | None:
         target = self._buttons.get(button)
         if target is not None:
-            return target
+            return target if target in self._open or target in _ACTIONS else None
         for candidate in (button, button.partition(":")[0], button.partition(".")[0]):
             name = ALIASES.get(candidate, candidate)
-            if name in self._domains:
+            if name in self._open:
                 return name
         return button if button in _ACTIONS else None
 

@@ -10,11 +10,12 @@ import trio
 
 from actors.messages import Ack, Envelope, Reply
 from router.app import Router, open_router
-from router.config import Config
+from router.config import Config, ConfigError
 from router.delivery.in_process import HandlerFunction
 from router.edge.http1 import Listener
 
 _DRAIN_LISTENER_SECONDS = 10.0
+_LISTEN_AGAIN = 10.0  # seconds
 
 
 class CannotListen(Exception):
@@ -25,11 +26,13 @@ async def serve(
     config: Config,
     *,
     handlers: Mapping[str, HandlerFunction] | None = None,
+    reload: Callable[[], Config] | None = None,
     apply_migrations: bool | None,
     announce: Callable[[str], None],
     report: Callable[[str], None],
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then drain and return. `announce` gets the ready line.
+    """Serve until SIGTERM or SIGINT, then drain and return. `announce` gets the ready line. At SIGHUP
+    services and routing are as `reload` says, which reads the configuration again.
 
     Raises:
         CannotListen: an address is taken or not ours.
@@ -52,9 +55,13 @@ async def serve(
             trio.open_nursery() as edges,
         ):
             edges.start_soon(listener.serve, router.webhooks.accept_nowait)
-            if router.attached:
-                # Beside the router, not inside: what is under way is answered while the router drains.
+            if reload is not None:
+                edges.start_soon(_reload_when_asked, router, reload, report)
+            # Beside the router, not inside: what is under way is answered while the router drains.
+            if router.roster.attached:
                 await _start_attach_port(nursery, router, config, report)
+            else:
+                nursery.start_soon(_attach_later, nursery, router, config, report)
             drained = trio.Event()
             admin = await _start_admin(edges, router, config, stop, drained)
             first = router.webhooks.paths[0]
@@ -102,7 +109,9 @@ async def _start_attach_port(
     # Imported here, as the admin port is: who has no such service does not wait for it.
     from router.edge.attach import AttachPort
 
-    port = AttachPort(router.attached, may_attach=lambda: router.delivers, stood_down=router.stood_down)
+    port = AttachPort(
+        router.roster.attached, may_attach=lambda: router.delivers, stood_down=router.stood_down
+    )
     try:
         number = await nursery.start(port.serve, config.services_host, config.services_port)
     except* OSError as group:
@@ -111,6 +120,33 @@ async def _start_attach_port(
             "set services_host or services_port"
         ) from group.exceptions[0]
     report(f"services may attach at ws://{_shown(config.services_host)}:{number}/services/")
+
+
+async def _attach_later(
+    nursery: trio.Nursery, router: Router, config: Config, report: Callable[[str], None]
+) -> None:
+    """Listen as soon as there is a service that attaches: the registry may bring one at any time."""
+    while not router.roster.attached:
+        await router.roster.until_changed()
+    while True:
+        try:
+            return await _start_attach_port(nursery, router, config, report)
+        except CannotListen as trouble:
+            report(f"{trouble}; trying again every {_LISTEN_AGAIN:g} s")
+            await trio.sleep(_LISTEN_AGAIN)
+
+
+async def _reload_when_asked(
+    router: Router, reload: Callable[[], Config], report: Callable[[str], None]
+) -> None:
+    with trio.open_signal_receiver(signal.SIGHUP) as hangups:
+        async for _ in hangups:
+            try:
+                router.reload(reload())
+            except ConfigError as error:
+                report(f"the configuration cannot be used, and all stays as it was:\n{error}")
+            else:
+                report("the configuration was read again: services and routing are as it says")
 
 
 async def _watch_signals(signals: object, stop: trio.Event, scope: trio.CancelScope) -> None:

@@ -38,7 +38,7 @@ from router.config_file import (
     unknown_setting,
 )
 from router.config_rules import GRAPH_API, dotted, find_problems, missing_secret
-from router.domains import EXIT, HOME, KEYWORDS, MENU, Words, canonical_domain
+from router.domains import EXIT, HOME, KEYWORDS, MENU, canonical_domain, chosen_words
 
 _INTEGERS: Final = {
     "SESSION_TTL_HOURS": "session_ttl_hours",
@@ -244,9 +244,15 @@ class _Reader:
                 timeout_ms=timeout_ms if found.timeout_ms is None else found.timeout_ms,
                 deadline_ms=found.deadline_ms,
                 lanes=found.lanes,
+                lanes_min=found.lanes_min,
                 secret=self._service_secret(written, found.secret_env),
                 token=self._service_token(written, found.token_env),
                 allow_private=found.allow_private,
+                state=found.state,
+                canary_url=found.canary_url,
+                canary_share=found.canary_share,
+                shadow_url=found.shadow_url,
+                shadow_share=found.shadow_share,
                 statuses=found.statuses,
                 dead_letters=found.dead_letters,
                 order=found.order,
@@ -254,12 +260,12 @@ class _Reader:
                 breaker_failure_ratio=found.breaker_failure_ratio,
                 breaker_slow_ms=found.breaker_slow_ms,
                 breaker_slow_ratio=found.breaker_slow_ratio,
-                keywords=_words(KEYWORDS.get(name, {}), found.keywords, languages),
+                keywords=chosen_words(KEYWORDS.get(name, {}), found.keywords, languages),
             )
         for name, words in KEYWORDS.items():
             services.setdefault(
                 name,
-                ServiceConfig(name=name, timeout_ms=timeout_ms, keywords=_words(words, {}, languages)),
+                ServiceConfig(name=name, timeout_ms=timeout_ms, keywords=chosen_words(words, {}, languages)),
             )
         return services
 
@@ -336,9 +342,9 @@ class _Reader:
         return RoutingConfig(
             fallback=canonical_domain(table.fallback),
             languages=tuple(dict.fromkeys(table.languages)),
-            menu=_words(MENU, table.menu, table.languages),
-            home=_words(HOME, table.home, table.languages),
-            exit=_words(EXIT, table.exit, table.languages),
+            menu=chosen_words(MENU, table.menu, table.languages),
+            home=chosen_words(HOME, table.home, table.languages),
+            exit=chosen_words(EXIT, table.exit, table.languages),
             buttons={button: canonical_domain(target) for button, target in table.buttons.items()},
         )
 
@@ -357,9 +363,3 @@ class _Reader:
             if name not in known:
                 self.problems.append(unknown_setting(("limits", name), known))
         return LimitsConfig(**{name: value for name, value in table.items() if name in known})
-
-
-def _words(defaults: Words, given: WordLists, languages: list[str]) -> dict[str, tuple[str, ...]]:
-    """`given` where it names a language, else the defaults, for the configured languages in their order."""
-    chosen = {**defaults, **{language: tuple(words) for language, words in given.items()}}
-    return {language: chosen[language] for language in dict.fromkeys(languages) if language in chosen}

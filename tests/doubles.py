@@ -18,6 +18,7 @@ import trio.testing
 
 from actors.breaker import Breaker, Trips
 from actors.completer import Completer
+from actors.concurrency import Concurrency
 from actors.deferrals import Deferrals
 from actors.dispatcher import Dispatcher
 from actors.errors import JournalUnavailable, LeaseLost
@@ -41,7 +42,7 @@ from actors.messages import (
     Session,
 )
 from actors.ports import Route, Unreadable
-from actors.service import OpenLane, Service
+from actors.service import OpenLane, Service, ServiceStatistics
 from actors.session import SessionActor
 from actors.tree import ServiceSpec, TreeSpec
 from router.retry import REDELIVERY, Backoff
@@ -504,18 +505,22 @@ class Counterpart:
 STAYS_CLOSED = Trips(1_000, failure_ratio=2)
 
 
-def service(name: str, open_lane: OpenLane, *, trips: Trips = STAYS_CLOSED, **changes: Any) -> Service:
+def service(
+    name: str, open_lane: OpenLane, *, lanes: int = 1, trips: Trips = STAYS_CLOSED, **changes: Any
+) -> Service:
     """A service whose dead letters are retried fast. The random source is 1."""
     policy = Backoff(lambda: 1.0)
     arguments: dict[str, Any] = {
         "open_lane": open_lane,
-        "lanes": 1,
+        "concurrency": Concurrency(lanes, lanes),
         "waiting": 10,
         "timeout": 4.0,
         "deadline": 15.0,
         "policy": policy,
         "redelivery": REDELIVERY["fast"],
         "strict": False,
+        "paused": False,
+        "statistics": ServiceStatistics(),
         "breaker": Breaker(
             trips,
             pause=policy.pause,
@@ -534,11 +539,13 @@ def service_spec(name: str, open_lane: OpenLane, **changes: Any) -> ServiceSpec:
         name=name,
         open_lane=open_lane,
         lanes=1,
+        least_lanes=1,
         timeout=14,
         deadline=15,
         waiting=5,
         redelivery=REDELIVERY["fast"],
         strict=False,
+        paused=False,
         trips=STAYS_CLOSED,
     )
     return replace(spec, **changes)
@@ -551,7 +558,7 @@ def tree_spec(journal: MemoryJournal, *services: ServiceSpec, **changes: Any) ->
         janitor=None,
         journal=journal,
         routes=Talk(),
-        services=services,
+        services=lambda: services,
         retry=Backoff(lambda: 1.0),
         clock=lambda: START,
         session_ttl=timedelta(hours=24),

@@ -7,7 +7,8 @@ is lost costs no order: what was not answered on it is tried again before anythi
 
 from __future__ import annotations
 
-import secrets
+import hashlib
+import hmac
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -125,11 +126,15 @@ class Attachment:
 
 
 class AttachedService:
-    """A domain that is reached over the connections that it opens. `token` is what each has to show."""
+    """A domain that is reached over the connections that it opens. `credential` is the SHA-256, in
+    hexadecimal digits, of the token that each has to show.
+    """
 
-    def __init__(self, name: str, token: str, *, known_domain: KnownDomain) -> None:
+    def __init__(self, name: str, credential: str, *, known_domain: KnownDomain) -> None:
         self.name = name
-        self._token = token.encode()
+        self.credential = credential
+        self.ended = trio.Event()
+        """The service is another one now, or gone: whoever is attached is sent away."""
         self._known_domain = known_domain
         self._attached: list[Attachment] = []
         self._last: OrderedDict[str, Attachment] = OrderedDict()
@@ -138,7 +143,8 @@ class AttachedService:
 
     def is_authorized(self, token: str) -> bool:
         """Compared in constant time."""
-        return secrets.compare_digest(token.encode("utf-8", "replace"), self._token)
+        digest = hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()
+        return hmac.compare_digest(digest, self.credential)
 
     @property
     def connections(self) -> int:

@@ -26,10 +26,16 @@ def body_of(envelope: Envelope) -> bytes:
 
 
 def request_of(
-    origin: Origin, envelope: Envelope, body: bytes, *, timestamp: int, signature: str | None
+    origin: Origin,
+    envelope: Envelope,
+    body: bytes,
+    *,
+    timestamp: int,
+    signature: str | None,
+    shadow: bool = False,
 ) -> bytes:
     """The whole request of one attempt: `timestamp` in Unix seconds, `signature` is that of
-    `webhook-signature`, None: it is not signed.
+    `webhook-signature`, None: it is not signed. `shadow`: it is a copy, and says so.
     """
     head = (
         f"POST {origin.path} HTTP/1.1\r\nHost: {origin.authority}\r\nUser-Agent: postroom\r\n"
@@ -39,6 +45,8 @@ def request_of(
     )
     if signature is not None:
         head += f"webhook-signature: {signature}\r\n"
+    if shadow:
+        head += "X-Postroom-Shadow: true\r\n"
     return head.encode("latin-1") + b"\r\n" + body
 
 

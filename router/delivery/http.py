@@ -25,16 +25,18 @@ _LATER = frozenset({429, 503})
 @dataclass(frozen=True, slots=True)
 class Target:
     """A service: where it is, and the key of its whsec_ secret; None: nothing is signed. `allow_private`: it
-    may have an address that is not public.
+    may have an address that is not public. A `shadow` is told that it is one.
     """
 
     origin: Origin
     key: HmacSha256 | None
     allow_private: bool = True
+    shadow: bool = False
 
     @classmethod
-    def of(cls, url: str, secret: str | None, *, allow_private: bool = True) -> Target:
-        return cls(Origin.of(url), None if secret is None else signing.key_of(secret), allow_private)
+    def of(cls, url: str, secret: str | None, *, allow_private: bool = True, shadow: bool = False) -> Target:
+        key = None if secret is None else signing.key_of(secret)
+        return cls(Origin.of(url), key, allow_private, shadow)
 
 
 class HttpLane:
@@ -78,7 +80,10 @@ class HttpLane:
     def _request(self, envelope: Envelope) -> bytes:
         body, now, key = body_of(envelope), int(self._clock().timestamp()), self._target.key
         signature = None if key is None else signing.sign(key, envelope.id, now, body)
-        return request_of(self._target.origin, envelope, body, timestamp=now, signature=signature)
+        target = self._target
+        return request_of(
+            target.origin, envelope, body, timestamp=now, signature=signature, shadow=target.shadow
+        )
 
 
 def open_lane(target: Target, *, clock: Clock, known_domain: KnownDomain) -> OpenLane:

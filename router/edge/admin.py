@@ -18,6 +18,7 @@ from quart_trio import QuartTrio
 from actors.errors import JournalUnavailable
 from router.app import Router
 from router.edge.disconnects import withhold_disconnects
+from router.roster import ServiceStatus
 
 HEALTHY, DEGRADED, UNHEALTHY = "healthy", "degraded", "unhealthy"
 PROBE_SECONDS = 5.0  # the database probe's bound (M26)
@@ -51,7 +52,8 @@ def admin_app(router: Router, *, is_ready: Callable[[], bool]) -> QuartTrio:
             "undelivered": statistics.undelivered,
             "live_sessions": statistics.live_sessions,
             "waiting_for": dict(statistics.waiting_for),
-            "breakers": dict(statistics.breakers),
+            "breakers": statistics.breakers,
+            "services": {name: _service(status) for name, status in statistics.services.items()},
             "attached": dict(statistics.attached),
         }
         ingress = {
@@ -125,6 +127,26 @@ async def _status(database: dict[str, Any], router: Router) -> str:
     if database["status"] != HEALTHY:
         return DEGRADED if spools else UNHEALTHY
     return HEALTHY if waiting is None or (spools and not waiting) else DEGRADED
+
+
+def _service(status: ServiceStatus) -> dict[str, Any]:
+    latency = status.latency
+    return {
+        "state": status.state,
+        "version": status.version,
+        "breaker": status.breaker,
+        "breaker_reason": status.breaker_reason,
+        "lanes": status.lanes,
+        "attempts": status.attempts,
+        "failures": status.failures,
+        "latency_ms": {
+            name: None if seconds is None else round(seconds * 1000, 3)
+            for name, share in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99))
+            for seconds in (latency.quantile(share),)
+        },
+        "canary": None if status.canary is None else asdict(status.canary),
+        "shadow": None if status.shadow is None else asdict(status.shadow),
+    }
 
 
 def _refused() -> tuple[Response, int]:

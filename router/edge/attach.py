@@ -132,6 +132,7 @@ async def _carry(connection: WebSocketConnection, service: AttachedService) -> N
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_send, connection, to_send)
             nursery.start_soon(_keep_alive, connection)
+            nursery.start_soon(_end_with, service, connection)
             try:
                 while True:
                     attachment.receive(await connection.get_message())
@@ -151,6 +152,11 @@ async def _carry(connection: WebSocketConnection, service: AttachedService) -> N
 async def _send(connection: WebSocketConnection, frames: trio.MemoryReceiveChannel[str]) -> None:
     async for frame in frames:
         await connection.send_message(frame)
+
+
+async def _end_with(service: AttachedService, connection: WebSocketConnection) -> None:
+    await service.ended.wait()
+    await _close(connection, _GOING_AWAY, "the service was changed or removed")
 
 
 async def _keep_alive(connection: WebSocketConnection) -> None:

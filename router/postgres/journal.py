@@ -179,6 +179,12 @@ class PostgresJournal:
         """The active rows of the home menu: country, language, domain, title, description."""
         return await self._fetch("home_menu")
 
+    async def services(self) -> tuple[list[Any], list[Any]]:
+        """The versions of the registry's services, newest first for each (service, version, state,
+        definition); and their secrets (service, secret, token_sha256).
+        """
+        return await self._fetch("versions"), await self._fetch("secrets")
+
     async def probe(self) -> None:
         """Raises JournalUnavailable: the database is away, or takes no writes, as after a failover."""
         if (await self._fetch("takes_no_writes"))[0][0]:
@@ -310,4 +316,4 @@ def _appended(row: Any, now: datetime) -> Appended | Duplicates:
     )
 
 
-_SQL = {**statements("journal"), **statements("retrier")}
+_SQL = {**statements("journal"), **statements("retrier"), **statements("services")}

@@ -29,12 +29,13 @@ _DEAD_LETTERS = "postroom_dead_letters"
 _JOURNAL = "postroom_journal"
 _JOBS = "postroom_jobs"
 _ERASURES = "postroom_erasures"
+_SERVICES = "postroom_services"
 
 
 class PostgresLease:
-    """`on_journal`, `on_dead_letters`, `on_jobs` and `on_erasures` are called in the trio thread when another
-    process has journaled something, asked for dead letters to be retried, asked for a job or switched one, or
-    erased a person.
+    """`on_journal`, `on_dead_letters`, `on_jobs`, `on_erasures` and `on_services` are called in the trio
+    thread when another process has journaled something, asked for dead letters to be retried, asked for a job
+    or switched one, erased a person, or changed a service.
     """
 
     def __init__(
@@ -46,12 +47,16 @@ class PostgresLease:
         on_dead_letters: Callable[[], None],
         on_jobs: Callable[[], None],
         on_erasures: Callable[[], None],
+        on_services: Callable[[], None],
     ) -> None:
         self._bridge = bridge
-        self._on_journal = on_journal
-        self._on_dead_letters = on_dead_letters
-        self._on_jobs = on_jobs
-        self._on_erasures = on_erasures
+        self._listeners = {
+            _JOURNAL: on_journal,
+            _DEAD_LETTERS: on_dead_letters,
+            _JOBS: on_jobs,
+            _ERASURES: on_erasures,
+            _SERVICES: on_services,
+        }
         self._holder = uuid.uuid4()
         self._line = Line(dsn, "lease", on_open=self._opened)
         self._valid_until = float("-inf")  # trio's clock
@@ -94,21 +99,19 @@ class PostgresLease:
         await self._bridge.run(self._line.close)
 
     async def _opened(self, connection: asyncpg.Connection) -> None:
-        await connection.add_listener(_JOURNAL, lambda *_: self._bridge.call_soon(self._on_journal))
-        await connection.add_listener(_DEAD_LETTERS, lambda *_: self._bridge.call_soon(self._on_dead_letters))
-        await connection.add_listener(_JOBS, lambda *_: self._bridge.call_soon(self._on_jobs))
-        await connection.add_listener(_ERASURES, lambda *_: self._bridge.call_soon(self._on_erasures))
+        for channel in self._listeners:
+            await connection.add_listener(channel, self._heard)
         connection.add_termination_listener(lambda _: self._bridge.call_soon(self._lost))
         self._locked = False
         self._bridge.call_soon(self._found)
 
+    def _heard(self, _connection: object, _pid: int, channel: str, _payload: object) -> None:
+        self._bridge.call_soon(self._listeners[channel])
+
     def _found(self) -> None:
         self._connected = True
-        # What was said while nobody listened is looked for.
-        self._on_journal()
-        self._on_dead_letters()
-        self._on_jobs()
-        self._on_erasures()
+        for look in self._listeners.values():
+            look()  # for what was said while nobody listened
 
     def _lost(self) -> None:
         self._connected = False

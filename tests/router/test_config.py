@@ -518,14 +518,9 @@ def test_the_shipped_example_is_complete_and_has_the_defaults(tmp_path: Path) ->
             {"JOBS_TOKEN": "a b"},
             "services.jobs.token_env: has characters that no token",
         ),
-        (
-            "token_env = 'JOBS_TOKEN'\nurl = 'http://a/'",
-            {"JOBS_TOKEN": "t"},
-            "services.jobs.token_env: stands beside url",
-        ),
     ],
 )
-def test_a_service_that_attaches_has_a_token_and_nothing_else(
+def test_the_token_of_a_service_is_there_and_fit_for_a_header(
     tmp_path: Path, file: str, environ: dict[str, str], problem: str
 ) -> None:
     found = errors(tmp_path, f"[services.jobs]\n{file}", {**ENV, **environ})

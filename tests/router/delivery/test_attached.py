@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from datetime import UTC, datetime
+from hashlib import sha256
 from typing import Any
 
 import doubles
@@ -42,7 +43,9 @@ def envelope(number: int = 1, key: str = "100:1", **changes: Any) -> Envelope:
 
 
 def service() -> AttachedService:
-    return AttachedService("rides", "token", known_domain=lambda name: name in ("rides", "jobs"))
+    return AttachedService(
+        "rides", sha256(b"token").hexdigest(), known_domain=lambda name: name in ("rides", "jobs")
+    )
 
 
 class Peer:

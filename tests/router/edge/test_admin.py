@@ -15,14 +15,30 @@ import trio
 from wire import GONE, Answer, connected, get
 
 from actors.errors import JournalUnavailable
+from actors.histogram import HistogramSnapshot
 from actors.ingress import IngressStatistics
 from actors.outbound import OutboundStatistics
 from router.app import DeadLetterCounts, RouterStatistics
+from router.delivery.variants import ShadowStatistics
 from router.edge import admin
 from router.edge.admin import admin_app, serve_admin
+from router.roster import CanaryStatus, ServiceStatus
 
 START = datetime(2030, 1, 1, tzinfo=UTC)
 RETRIER = "/functions/v1/dlq-processor"
+COUNTS = (10, 0, 0, 0, 0, 0, 0, 10, 0, 0, 0, 0, 0, 0)
+RIDES = ServiceStatus(
+    state="active",
+    version=3,
+    breaker="open",
+    breaker_reason="answered 500",
+    lanes=6,
+    attempts=9,
+    failures=4,
+    latency=HistogramSnapshot(COUNTS, 2.0),
+    canary=CanaryStatus("closed", 2, 0),
+    shadow=ShadowStatistics(copies=5, failures=1),
+)
 
 
 @dataclass
@@ -69,7 +85,7 @@ class StandIn:
             undelivered=3,
             live_sessions=2,
             waiting_for={"rides": 1},
-            breakers={"rides": "open"},
+            services={"rides": RIDES},
             attached={"jobs": 2},
             spool_bytes=None if self.spools is None else self.spooled,
             ingress=IngressStatistics(refused=4, spooled=5),
@@ -132,6 +148,20 @@ class TestHealth:
             "live_sessions": 2,
             "waiting_for": {"rides": 1},
             "breakers": {"rides": "open"},
+            "services": {
+                "rides": {
+                    "state": "active",
+                    "version": 3,
+                    "breaker": "open",
+                    "breaker_reason": "answered 500",
+                    "lanes": 6,
+                    "attempts": 9,
+                    "failures": 4,
+                    "latency_ms": {"p50": 1.0, "p95": 235.0, "p99": 247.0},
+                    "canary": {"breaker": "closed", "attempts": 2, "failures": 0},
+                    "shadow": {"copies": 5, "failures": 1, "dropped": 0},
+                }
+            },
             "attached": {"jobs": 2},
         }
         assert body["components"]["spool"] == {"status": "healthy", "bytes": 0}

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
+from hashlib import sha256
 from typing import Any
 
 import pytest
@@ -46,7 +47,9 @@ class Port:
     """A port for rides, whose router may be made to stand by."""
 
     def __init__(self) -> None:
-        self.rides = AttachedService("rides", TOKEN, known_domain=lambda name: True)
+        self.rides = AttachedService(
+            "rides", sha256(TOKEN.encode()).hexdigest(), known_domain=lambda name: True
+        )
         self.delivers = True
         self.stood_down = trio.Event()
         self.url = ""

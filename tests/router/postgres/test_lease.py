@@ -37,6 +37,7 @@ async def open_lease(database: Database) -> AsyncIterator[PostgresLease]:
         on_dead_letters=lambda: None,
         on_jobs=lambda: None,
         on_erasures=lambda: None,
+        on_services=lambda: None,
     )
     try:
         yield lease

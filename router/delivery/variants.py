@@ -1,0 +1,157 @@
+"""A service at more than one URL: a canary that has a share of the conversations, and a shadow that gets
+copies. Both choose conversations, not messages: a conversation is always with the same one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import trio
+
+from actors.breaker import Breaker
+from actors.messages import Ack, Envelope, Outcome, Reject
+from actors.ports import Handler, Unreadable
+from actors.service import OpenLane, verdict
+
+_COPIES = 16  # that wait for the shadow's answer to the one before, for each lane; more are not sent
+_WHOLE = 0.99  # of the time that an attempt has: what was broken off later than that had no answer in time
+
+
+def is_in_share(key: str, share: float, domain: str) -> bool:
+    """Whether the conversation is in that share of the domain's (0 to 1): the same each time, and a larger
+    share has all conversations of a smaller one.
+    """
+    digest = hashlib.blake2b(f"{domain}\0{key}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < share * 2.0**64
+
+
+@dataclass(slots=True)
+class CanaryStatistics:
+    """Since it began: attempts, and those of them that failed."""
+
+    attempts: int = 0
+    failures: int = 0
+
+
+class Canary:
+    """While its breaker is not closed, its conversations are with the stable URL: a canary that fails costs
+    them a few attempts. `timeout` seconds bound one.
+    """
+
+    def __init__(
+        self, domain: str, share: float, open_lane: OpenLane, *, breaker: Breaker, timeout: float
+    ) -> None:
+        self.breaker = breaker
+        self.statistics = CanaryStatistics()
+        self._domain = domain
+        self._share = share
+        self._open_lane = open_lane
+        self._timeout = timeout
+
+    def beside(self, stable: OpenLane) -> OpenLane:
+        """Lanes to both."""
+
+        @asynccontextmanager
+        async def lane() -> AsyncIterator[Handler]:
+            async with stable() as usual, self._open_lane() as canary:
+                yield _CanaryLane(self, usual, canary)
+
+        return lane
+
+    def admit(self, key: str) -> int | None:
+        """A ticket of the breaker, when the conversation is for the canary and it may be tried."""
+        return self.breaker.admit() if is_in_share(key, self._share, self._domain) else None
+
+    async def attempt(self, ticket: int, canary: Handler, envelope: Envelope) -> Outcome | Unreadable:
+        began = trio.current_time()
+        outcome: Outcome | Unreadable | None = None
+        self.statistics.attempts += 1
+        try:
+            outcome = await canary.attempt(envelope)
+            return outcome
+        finally:
+            took = trio.current_time() - began
+            succeeded, reason = verdict(outcome)
+            if outcome is None and took >= self._timeout * _WHOLE:
+                succeeded, reason = False, f"no answer within {self._timeout:g} s"
+            self.breaker.record(ticket, succeeded, reason, seconds=took)
+            self.statistics.failures += succeeded is False
+
+
+class _CanaryLane:
+    def __init__(self, canary: Canary, stable: Handler, handler: Handler) -> None:
+        self._canary = canary
+        self._stable = stable
+        self._handler = handler
+
+    async def attempt(self, envelope: Envelope) -> Outcome | Unreadable:
+        ticket = self._canary.admit(envelope.session.key)
+        if ticket is None:
+            return await self._stable.attempt(envelope)
+        return await self._canary.attempt(ticket, self._handler, envelope)
+
+
+@dataclass(slots=True)
+class ShadowStatistics:
+    """Since it began: copies that were sent, those of them that were not taken, and those never sent because
+    too many waited.
+    """
+
+    copies: int = 0
+    failures: int = 0
+    dropped: int = 0
+
+
+class Shadow:
+    """Gets a copy of the first attempt at each message of its conversations. Nothing waits for it, and what
+    it answers counts for nothing.
+    """
+
+    def __init__(self, domain: str, share: float, open_lane: OpenLane, *, timeout: float) -> None:
+        self.statistics = ShadowStatistics()
+        self._domain = domain
+        self._share = share
+        self._open_lane = open_lane
+        self._timeout = timeout
+
+    def beside(self, usual: OpenLane) -> OpenLane:
+        """Lanes to it, and beside each a lane to the shadow."""
+
+        @asynccontextmanager
+        async def lane() -> AsyncIterator[Handler]:
+            send, receive = trio.open_memory_channel[Envelope](_COPIES)
+            async with usual() as handler, trio.open_nursery() as nursery:
+                nursery.start_soon(self._copy, receive)
+                yield _ShadowLane(handler, lambda envelope: self._offer(send, envelope))
+                nursery.cancel_scope.cancel()
+
+        return lane
+
+    def _offer(self, send: trio.MemorySendChannel[Envelope], envelope: Envelope) -> None:
+        if envelope.attempt == 1 and is_in_share(envelope.session.key, self._share, self._domain):
+            try:
+                send.send_nowait(envelope)
+            except trio.WouldBlock:
+                self.statistics.dropped += 1
+
+    async def _copy(self, envelopes: trio.MemoryReceiveChannel[Envelope]) -> None:
+        async with self._open_lane() as shadow:
+            async for envelope in envelopes:
+                self.statistics.copies += 1
+                outcome: Outcome | Unreadable | None = None
+                with trio.move_on_after(self._timeout):
+                    outcome = await shadow.attempt(envelope)
+                self.statistics.failures += not isinstance(outcome, Ack | Reject)
+
+
+class _ShadowLane:
+    def __init__(self, handler: Handler, offer: Callable[[Envelope], None]) -> None:
+        self._handler = handler
+        self._offer = offer
+
+    async def attempt(self, envelope: Envelope) -> Outcome | Unreadable:
+        self._offer(envelope)
+        return await self._handler.attempt(envelope)

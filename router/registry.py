@@ -1,0 +1,170 @@
+"""Which services there are: those of the configuration file, and over them what operators said since. Pure.
+
+Of each service the newest version counts that can be used: one that cannot, because somebody wrote it by hand
+or a later change made it impossible, is reported, and the one before it goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from router.config import URL_FIELDS, Config, Problem, ServiceConfig
+from router.config_rules import dotted, find_problems
+from router.domains import KEYWORDS, canonical_domain, chosen_words
+from router.json_text import parse
+
+if TYPE_CHECKING:
+    from router.config_file import Report
+
+REMOVED: Final = "removed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceVersion:
+    """What an operator said of a service: `state` is one of ServiceConfig's, or "removed"; `definition` has
+    settings as in [services.NAME] of postroom.toml.
+    """
+
+    service: str
+    version: int
+    state: str
+    definition: object
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What is known of a service beside its versions."""
+
+    secret: str | None = None
+    token_sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unusable:
+    """A version that cannot be used, and all that is wrong with it."""
+
+    service: str
+    version: int
+    problems: tuple[Problem, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Registry:
+    """The services by name, in the order that breaks ties; the version that each has, none for one that is as
+    the file has it; and the versions that are newer and unusable.
+    """
+
+    services: Mapping[str, ServiceConfig]
+    versions: Mapping[str, int]
+    unusable: tuple[Unusable, ...]
+
+
+def version_of(row: Mapping[str, Any]) -> ServiceVersion:
+    """Of a row of service_versions, whose definition is text."""
+    try:
+        definition = parse(row["definition"].encode())
+    except ValueError:
+        definition = None
+    return ServiceVersion(
+        service=row["service"], version=row["version"], state=row["state"], definition=definition
+    )
+
+
+def credentials_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Credentials]:
+    """Of rows of service_secrets, by service."""
+    return {row["service"]: Credentials(row["secret"], row["token_sha256"]) for row in rows}
+
+
+def registry_of(
+    config: Config, versions: Iterable[ServiceVersion], credentials: Mapping[str, Credentials]
+) -> Registry:
+    """`versions` newest first for each service; the services of `config` are those of the file."""
+    services = {
+        name: _with_credentials(service, credentials.get(name)) for name, service in config.services.items()
+    }
+    used: dict[str, int] = {}
+    unusable: list[Unusable] = []
+    for version in versions:
+        if version.service in used:
+            continue
+        found = with_version(config, services, version, credentials.get(version.service))
+        if isinstance(found, Unusable):
+            unusable.append(found)
+        else:
+            services = found
+            used[version.service] = version.version
+    return Registry(services, used, tuple(unusable))
+
+
+def with_version(
+    config: Config,
+    services: Mapping[str, ServiceConfig],
+    version: ServiceVersion,
+    credentials: Credentials | None,
+) -> dict[str, ServiceConfig] | Unusable:
+    """`services` with this version of one, or why it cannot be used."""
+    name = version.service
+    changed = dict(services)
+    problems: list[Problem] = []
+    if name != canonical_domain(name):
+        fix = f"change {canonical_domain(name)} instead"
+        problems.append(
+            Problem(dotted("services", name), f"is another name of {canonical_domain(name)}", fix)
+        )
+    elif version.state == REMOVED:
+        changed.pop(name, None)
+    else:
+        changed[name] = _layered(config, version, credentials, problems.append)
+    if name == canonical_domain(name):
+        known = set(find_problems(replace(config, services=services)))
+        problems += (one for one in find_problems(replace(config, services=changed)) if one not in known)
+    return Unusable(name, version.version, tuple(problems)) if problems else changed
+
+
+def _layered(
+    config: Config, version: ServiceVersion, credentials: Credentials | None, report: Report
+) -> ServiceConfig:
+    """The file's service with everything that the definition names. A URL from the database has to be public,
+    unless the database says that it need not.
+    """
+    # Imported here: what reads settings takes long to import, and mostly there is no version.
+    from router.config_file import read_service
+
+    name = version.service
+    base = config.services.get(name)
+    if base is None:
+        words = chosen_words(KEYWORDS.get(name, {}), {}, config.routing.languages)
+        base = ServiceConfig(name=name, timeout_ms=config.router_timeout_ms, keywords=words)
+    given = {}
+    if isinstance(version.definition, Mapping):
+        given = read_service(name, version.definition, report)
+    else:
+        fix = "write it as a JSON object of settings"
+        report(Problem(dotted("services", name), "has a definition that cannot be read", fix))
+    keywords = given.pop("keywords", {})
+    for language in keywords:
+        if language not in config.routing.languages:
+            setting = dotted("services", name, "keywords", language)
+            known = ", ".join(config.routing.languages)
+            report(Problem(setting, "is not one of routing.languages", f"use one of: {known}"))
+    if "allow_private" not in given:
+        given["public_only"] = base.public_only | (given.keys() & set(URL_FIELDS))
+    service = replace(
+        base,
+        **given,
+        state=version.state,
+        keywords=chosen_words(base.keywords, keywords, config.routing.languages),
+    )
+    return _with_credentials(service, credentials)
+
+
+def _with_credentials(service: ServiceConfig, credentials: Credentials | None) -> ServiceConfig:
+    if credentials is None:
+        return service
+    if credentials.secret is not None:
+        service = replace(service, secret=credentials.secret)
+    if credentials.token_sha256 is not None:
+        service = replace(service, token=None, token_sha256=credentials.token_sha256)
+    return service
