@@ -48,6 +48,14 @@ class Owner:
         if self.tree is not None:
             self.tree.change_services()
 
+    def look_at_outbox(self) -> None:
+        if self.tree is not None:
+            self.tree.look_at_outbox()
+
+    def look_at_statuses(self) -> None:
+        if self.tree is not None:
+            self.tree.look_at_statuses()
+
     def look_at_jobs(self) -> None:
         if self.tree is not None:
             self.tree.look_at_jobs()

@@ -162,6 +162,40 @@ class JobLog(Protocol):
     async def end(self, epoch: int, run: int, *, failed: bool, message: str) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class StatusNews:
+    """A status that a service is to be told, as it is delivered; `attempts` were made before."""
+
+    id: int
+    envelope: Envelope
+    created_at: datetime
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class StatusPage:
+    """What is due now, the oldest of each message; without any, in how many seconds the next is, None: none
+    waits.
+    """
+
+    news: list[StatusNews]
+    next_in: float | None = None
+
+
+class StatusLog(Protocol):
+    """The statuses that services are to be told. Every method raises JournalUnavailable when it cannot reach
+    them, `subscribe` and `record` LeaseLost when the epoch is over.
+    """
+
+    async def subscribe(self, services: Sequence[str], *, epoch: int) -> None:
+        """From now on these are told, and no others."""
+
+    async def due(self, service: str, limit: int) -> StatusPage: ...
+
+    async def record(self, done: Sequence[int], later: Sequence[tuple[int, float]], *, epoch: int) -> None:
+        """These were told; those are to be tried again in so many seconds."""
+
+
 class Sender(Protocol):
     """One attempt at sending. Bounded by the caller's cancel scope; raises nothing it can map."""
 

@@ -23,17 +23,29 @@ from .kernel import Address, ChildSpec, Strategy, Supervisor
 from .loader import Load, SessionLoader
 from .messages import Completion, Item, Session
 from .outbound import OpenSender, Outbound
-from .ports import Clock, JobLog, Journal, Outbox, RedeliveryPolicy, ResendPolicy, RetryPolicy, RoutePolicy
+from .ports import (
+    Clock,
+    JobLog,
+    Journal,
+    Outbox,
+    RedeliveryPolicy,
+    ResendPolicy,
+    RetryPolicy,
+    RoutePolicy,
+    StatusLog,
+)
 from .retrier import Retrier
 from .service import OpenLane, Service, ServiceStatistics
 from .session import SessionActor
+from .status_relay import StatusRelay
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceSpec:
     """One service: times in seconds; `waiting` deliveries wait for a lane, more stay in the journal. Between
     `least_lanes` and `lanes` attempts run at once. `trips` opens its breaker; `strict`: a conversation waits
-    behind its dead letters; `paused`: nothing is attempted, and what comes for it waits.
+    behind its dead letters; `paused`: nothing is attempted, and what comes for it waits. With `statuses` it
+    is told what became of the messages that it sent.
     """
 
     name: str
@@ -46,6 +58,7 @@ class ServiceSpec:
     redelivery: RedeliveryPolicy
     strict: bool
     paused: bool
+    statuses: bool
     trips: Trips
 
 
@@ -78,12 +91,13 @@ class TreeSpec:
     `sender` replies stay where they are, without a `janitor` no job is done. `services` are those of now:
     whoever changes them says so, and a spec that is another object is another service. `erasures`: how many
     times persons were erased, or may have been, since this process began; what is remembered from before is
-    read again.
+    read again. `on_statuses_given_up` gets a service, and how many statuses it could not be told in time.
     """
 
     journal: Journal
     sender: SenderSpec | None
     janitor: JanitorSpec | None
+    statuses: StatusLog
     routes: RoutePolicy
     services: Callable[[], Iterable[ServiceSpec]]
     retry: RetryPolicy
@@ -100,6 +114,7 @@ class TreeSpec:
     erasures: Callable[[], int]
     report: Callable[[str, Exception], None]
     on_breaker: Callable[[str, Breaker], None]
+    on_statuses_given_up: Callable[[str, int], None]
 
 
 class DeliveryTree:
@@ -134,7 +149,9 @@ class DeliveryTree:
         self._retrier: Retrier | None = None
         self.outbound: Outbound | None = None
         self._janitor: Janitor | None = None
+        self._status_relay: StatusRelay | None = None
         self._end_of_jobs = trio.CancelScope()
+        self._end_of_statuses = trio.CancelScope()
         self._supervisor = Supervisor(
             "delivery",
             [
@@ -158,9 +175,11 @@ class DeliveryTree:
                 nursery.start_soon(self._supervise_outbound, self._spec.sender)
             if self._spec.janitor is not None:
                 nursery.start_soon(self._supervise_janitor, self._spec.janitor)
+            nursery.start_soon(self._supervise_statuses)
             await self._supervisor.run()
             self._drain_outbound()
             self._end_of_jobs.cancel()
+            self._end_of_statuses.cancel()
 
     async def drain(self) -> None:
         """Sessions finish what they hold, services what they took, the completer what both left."""
@@ -178,6 +197,16 @@ class DeliveryTree:
         """Somebody asked for dead letters to be retried."""
         if self._retrier is not None:
             self._retrier.wake()
+
+    def look_at_outbox(self) -> None:
+        """A service has put something there by itself."""
+        if self.outbound is not None:
+            self.outbound.committed()
+
+    def look_at_statuses(self) -> None:
+        """There are some that a service is to be told."""
+        if self._status_relay is not None:
+            self._status_relay.wake()
 
     def look_at_jobs(self) -> None:
         """A job was switched, or somebody asked for a run."""
@@ -208,6 +237,34 @@ class DeliveryTree:
         )
         try:
             await self._janitor.run()
+        except* LeaseLost:
+            self._on_lease_lost()
+
+    async def _supervise_statuses(self) -> None:
+        """A drain does not wait for them: what was told and is not on record is told again."""
+        supervisor = Supervisor(
+            "statuses",
+            [ChildSpec("statuses", self._run_statuses, self._end_of_statuses.cancel)],
+            strategy=Strategy.ONE_FOR_ONE,
+            max_restarts=5,
+            period=60,
+            on_crash=self._spec.report,
+        )
+        with self._end_of_statuses:
+            await supervisor.run()
+
+    async def _run_statuses(self) -> None:
+        self._status_relay = StatusRelay(
+            self._spec.statuses,
+            epoch=self._epoch,
+            services=lambda: self.services,
+            wanted=lambda: [spec.name for spec in self._spec.services() if spec.statuses],
+            clock=self._spec.clock,
+            on_unavailable=partial(self._spec.report, "statuses"),
+            given_up=self._spec.on_statuses_given_up,
+        )
+        try:
+            await self._status_relay.run()
         except* LeaseLost:
             self._on_lease_lost()
 
@@ -302,6 +359,8 @@ class DeliveryTree:
             self._start_service(nursery, spec)
         if self._retrier is not None and (gone or started):
             self._retrier.change_services()
+        if self._status_relay is not None and (gone or started):
+            self._status_relay.change_services()
         if self.dispatcher is not None:
             for name in gone:
                 service = self.services.get(name)

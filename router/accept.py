@@ -106,6 +106,10 @@ class Webhooks:
         assert splitter is not None
         return splitter
 
+    def owns(self, number: str) -> bool:
+        """Whether one of the apps speaks for this phone_number_id."""
+        return any(app.is_ours(number) for app in self._routes.values())
+
     def splitter_of(self, app: str) -> Splitter | None:
         """The splitter of that app; None when the configuration does not have it."""
         found = self._apps.get(app)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from actors.breaker import Breaker, BreakerState
 from actors.errors import JournalUnavailable, SpoolUnavailable
 from actors.ingress import Ingress, IngressStatistics
 from actors.kernel import Address, ChildSpec, Strategy, Supervisor
-from actors.messages import Delivery, Envelope, Spooled
+from actors.messages import Delivery, Envelope, JsonObject, Spooled
 from actors.outbound import OutboundStatistics
 from actors.owner import Owner
 from actors.ports import Clock
@@ -45,10 +46,12 @@ from router.postgres.journal import PATIENCE, WITH_A_SPOOL, PostgresJournal
 from router.postgres.lease import PostgresLease
 from router.postgres.migrate import MigrationError
 from router.postgres.outbox import PostgresOutbox
+from router.postgres.statuses import PostgresStatuses
 from router.registry import credentials_of, version_of
 from router.retry import Backoff
 from router.roster import Roster, ServiceStatus
 from router.schedule import next_time
+from router.sending import Sending, SentMessage
 from router.spool.directory import SpoolDirectory
 
 _log = get_logger("postroom")
@@ -134,6 +137,8 @@ class Router:
             on_jobs=lambda: self._owner.look_at_jobs(),
             on_erasures=self._hear_of_erasures,
             on_services=self._look_again,
+            on_outbox=lambda: self._owner.look_at_outbox(),
+            on_statuses=lambda: self._owner.look_at_statuses(),
         )
         limits = config.limits
         self.journal = PostgresJournal(
@@ -158,6 +163,7 @@ class Router:
             clock=clock,
         )
         self._outbox = PostgresOutbox(bridge, dsn, clock=clock)
+        self._statuses = PostgresStatuses(bridge, dsn, clock=clock)
         retry = Backoff(random_unit)
         self.roster = Roster(
             config,
@@ -172,6 +178,7 @@ class Router:
                 journal=self.journal,
                 sender=self._sender_spec(retry),
                 janitor=JanitorSpec(log=self._jobs, work=housekeeping.work, next_time=next_time),
+                statuses=self._statuses,
                 routes=self.roster,
                 services=self.roster.specs,
                 retry=retry,
@@ -188,6 +195,7 @@ class Router:
                 erasures=lambda: self._erasures,
                 report=_report,
                 on_breaker=_report_breaker,
+                on_statuses_given_up=_report_statuses,
             ),
             on_epoch=self._set_epoch,
         )
@@ -215,6 +223,9 @@ class Router:
             dedup_key=lambda: self._dedup_key,
             tombstones=self._tombstones,
             spools=self.spool is not None,
+        )
+        self._sending = Sending(
+            self._outbox, config.apps, is_ours=self.webhooks.owns, sends=config.sender is not None
         )
         self._stood_down = trio.Event()
         self._reached = trio.Event()  # the database, with the schema that it has to have
@@ -272,6 +283,39 @@ class Router:
         await settled.wait()
         if not stored[0]:
             raise NotStored("the journal could not be written")
+
+    async def send(
+        self,
+        service: str,
+        *,
+        to: str,
+        message: JsonObject,
+        idempotency_key: str,
+        phone_number_id: str | None = None,
+        correlation_id: str | None = None,
+    ) -> SentMessage:
+        """Put a message of that service into the outbox, behind what waits for the same phone. The same key
+        again is the same message, and returns what became of it. `to` is a phone number or a user id,
+        `message` a Graph API message object without `to`; `phone_number_id` may be left out where there is
+        one number only.
+
+        Raises:
+            NotSent: it cannot be sent: what is wrong with it is named.
+            JournalUnavailable: the database is away.
+        """
+        return await self._sending.send(
+            canonical_domain(service),
+            to=to,
+            message=message,
+            idempotency_key=idempotency_key,
+            phone_number_id=phone_number_id,
+            correlation_id=f"send-{uuid.uuid4().hex}" if correlation_id is None else correlation_id,
+        )
+
+    async def sent_message(self, service: str, identity: str) -> SentMessage | None:
+        """What became of a message that this service sent; None: it sent no such message. Raises
+        JournalUnavailable."""
+        return await self._sending.sent(canonical_domain(service), identity)
 
     def statistics(self) -> RouterStatistics:
         tree = self._owner.tree
@@ -422,6 +466,7 @@ class Router:
             self.spool.close()  # first: a database that does not answer must not keep it locked
         await self._lease.close()
         await self._outbox.close()
+        await self._statuses.close()
         await self._jobs.close()
         await self._archives.close()
         await self.journal.close()
@@ -558,6 +603,10 @@ def _report_homeless(moment: datetime) -> None:
 
 def _report_spool(event: str, details: Mapping[str, object]) -> None:
     _log.error(event, component="spool", **details)
+
+
+def _report_statuses(service: str, count: int) -> None:
+    _log.warning("statuses given up: the service could not be told in time", service=service, count=count)
 
 
 def _report_breaker(service: str, breaker: Breaker) -> None:

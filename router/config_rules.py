@@ -148,12 +148,6 @@ def _services(config: Config) -> Iterator[Problem]:
         yield from _service_urls(at, service)
         if service.state not in SERVICE_STATES:
             yield Problem(f"{at}.state", "is not a state", f"use one of: {', '.join(SERVICE_STATES)}")
-        if service.statuses:
-            yield Problem(
-                f"{at}.statuses",
-                "delivery statuses are not routed back to services yet",
-                "leave it out, or set it to false",
-            )
         if service.dead_letters not in DEAD_LETTER_POLICIES:
             yield Problem(
                 f"{at}.dead_letters",

@@ -99,6 +99,8 @@ class Roster:
         on_breaker: Callable[[str, Breaker], None],
     ) -> None:
         self.attached: dict[str, AttachedService] = {}
+        self.credentials: Mapping[str, str] = {}
+        """The services by the SHA-256 of the token that each has."""
         self._config = config
         self._handlers = handlers
         self._open_http_lane = open_http_lane
@@ -197,6 +199,11 @@ class Roster:
         return True
 
     def _follow(self, registry: Registry) -> None:
+        self.credentials = {
+            service.credential: name
+            for name, service in registry.services.items()
+            if service.credential is not None
+        }
         self._follow_attached(registry.services)
         reached: dict[str, _Reached] = {}
         for name, service in registry.services.items():
@@ -283,6 +290,7 @@ def _spec(service: ServiceConfig, lane: OpenLane) -> ServiceSpec:
         redelivery=REDELIVERY[service.dead_letters],
         strict=service.order == "strict",
         paused=service.state == "paused",
+        statuses=service.statuses,
         trips=_trips(service),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
+from dataclasses import replace
 
 import trio
 
@@ -58,10 +59,10 @@ async def serve(
             if reload is not None:
                 edges.start_soon(_reload_when_asked, router, reload, report)
             # Beside the router, not inside: what is under way is answered while the router drains.
-            if router.roster.attached:
-                await _start_attach_port(nursery, router, config, report)
+            if router.roster.credentials:
+                await _start_services_port(nursery, router, config, report)
             else:
-                nursery.start_soon(_attach_later, nursery, router, config, report)
+                nursery.start_soon(_serve_services_later, nursery, router, config, report)
             drained = trio.Event()
             admin = await _start_admin(edges, router, config, stop, drained)
             first = router.webhooks.paths[0]
@@ -103,34 +104,52 @@ async def _start_admin(
     return url
 
 
-async def _start_attach_port(
+async def _start_services_port(
     nursery: trio.Nursery, router: Router, config: Config, report: Callable[[str], None]
+) -> None:
+    try:
+        number = await nursery.start(_serve_services, router, config)
+    except* OSError as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise CannotListen(
+            f"cannot listen on {config.services_host}:{config.services_port}: {error}; "
+            "set services_host or services_port"
+        ) from error
+    at = f"{_shown(config.services_host)}:{number}"
+    report(f"services may attach at ws://{at}/services/ and send at http://{at}/v1/messages")
+
+
+async def _serve_services(
+    router: Router, config: Config, *, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED
 ) -> None:
     # Imported here, as the admin port is: who has no such service does not wait for it.
     from router.edge.attach import AttachPort
+    from router.edge.messages import MAX_BODY_BYTES, MessagesApi
 
+    listener = Listener(replace(config.limits, body_max_bytes=MAX_BODY_BYTES), adopts=True)
+    messages = MessagesApi(router, lambda: router.roster.credentials)
     port = AttachPort(
-        router.roster.attached, may_attach=lambda: router.delivers, stood_down=router.stood_down
+        router.roster.attached,
+        may_attach=lambda: router.delivers,
+        stood_down=router.stood_down,
+        listener=listener,
     )
-    try:
-        number = await nursery.start(port.serve, config.services_host, config.services_port)
-    except* OSError as group:
-        raise CannotListen(
-            f"cannot listen on {config.services_host}:{config.services_port}: {group.exceptions[0]}; "
-            "set services_host or services_port"
-        ) from group.exceptions[0]
-    report(f"services may attach at ws://{_shown(config.services_host)}:{number}/services/")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(listener.serve, await nursery.start(messages.run))
+        task_status.started(await nursery.start(port.serve, config.services_host, config.services_port))
 
 
-async def _attach_later(
+async def _serve_services_later(
     nursery: trio.Nursery, router: Router, config: Config, report: Callable[[str], None]
 ) -> None:
-    """Listen as soon as there is a service that attaches: the registry may bring one at any time."""
-    while not router.roster.attached:
+    """Listen as soon as there is a service with a token: the registry may bring one at any time."""
+    while not router.roster.credentials:
         await router.roster.until_changed()
     while True:
         try:
-            return await _start_attach_port(nursery, router, config, report)
+            return await _start_services_port(nursery, router, config, report)
         except CannotListen as trouble:
             report(f"{trouble}; trying again every {_LISTEN_AGAIN:g} s")
             await trio.sleep(_LISTEN_AGAIN)

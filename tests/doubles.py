@@ -15,6 +15,7 @@ from typing import Any
 
 import trio
 import trio.testing
+from memory_statuses import MemoryStatuses
 
 from actors.breaker import Breaker, Trips
 from actors.completer import Completer
@@ -546,6 +547,7 @@ def service_spec(name: str, open_lane: OpenLane, **changes: Any) -> ServiceSpec:
         redelivery=REDELIVERY["fast"],
         strict=False,
         paused=False,
+        statuses=False,
         trips=STAYS_CLOSED,
     )
     return replace(spec, **changes)
@@ -556,6 +558,7 @@ def tree_spec(journal: MemoryJournal, *services: ServiceSpec, **changes: Any) ->
     spec = TreeSpec(
         sender=None,
         janitor=None,
+        statuses=MemoryStatuses(),
         journal=journal,
         routes=Talk(),
         services=lambda: services,
@@ -573,6 +576,7 @@ def tree_spec(journal: MemoryJournal, *services: ServiceSpec, **changes: Any) ->
         erasures=lambda: 0,
         report=lambda name, error: None,
         on_breaker=lambda name, breaker: None,
+        on_statuses_given_up=lambda name, count: None,
     )
     return replace(spec, **changes)
 

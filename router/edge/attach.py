@@ -1,10 +1,13 @@
-"""The port on which services attach: a WebSocket at `/services/DOMAIN`, opened by the service with its token.
-Carries frames between it and `router.delivery.attached`, and decides nothing about deliveries.
+"""The port of services. On a WebSocket at `/services/DOMAIN`, opened by the service with its token, this
+carries frames between it and `router.delivery.attached`, and decides nothing about deliveries. All else that
+comes is plain HTTP, for `router.edge.messages`.
 """
 
 from __future__ import annotations
 
+import enum
 import math
+import socket
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from urllib.parse import unquote
@@ -15,9 +18,12 @@ from trio_websocket import ConnectionClosed, WebSocketConnection, WebSocketReque
 from router.delivery.attached import AttachedService, BadFrame
 from router.delivery.connection import MAX_ANSWER_BYTES
 from router.domains import canonical_domain
+from router.edge.http1 import Listener
 from router.observe.logs import get_logger
 
 PATH = "/services/"
+_UPGRADES = f"GET {PATH}".encode()
+_LOOK_AGAIN = 0.05  # seconds until a request whose first few bytes came alone is looked at again
 MAX_CONNECTIONS = 64  # of one domain
 _MAX_SHAKING = 128  # connections of which nobody knows yet whose they are
 _HANDSHAKE_SECONDS = 5.0
@@ -28,6 +34,12 @@ _GOING_AWAY, _POLICY, _RESTART = 1001, 1008, 1012
 _ANOTHER = "another process delivers now"
 
 _log = get_logger("postroom.attach")
+
+
+class _Wants(enum.Enum):
+    WEBSOCKET = enum.auto()
+    HTTP = enum.auto()
+    NOTHING = enum.auto()
 
 
 class AttachPort:
@@ -41,11 +53,14 @@ class AttachPort:
         *,
         may_attach: Callable[[], bool],
         stood_down: Callable[[], Awaitable[None]],
+        listener: Listener,
     ) -> None:
-        """`stood_down` returns when this process has ceased to deliver: who is attached is sent away then."""
+        """`stood_down` returns when this process has ceased to deliver: who is attached is sent away then.
+        `listener` gets the connections that want no WebSocket."""
         self._services = services
         self._may_attach = may_attach
         self._stood_down = stood_down
+        self._listener = listener
         self._open: set[WebSocketConnection] = set()
         self._shaking = 0
 
@@ -66,6 +81,11 @@ class AttachPort:
         try:
             if self._shaking >= _MAX_SHAKING:
                 return
+            wants = await self._look_at(stream)
+            if wants is _Wants.HTTP:
+                self._listener.adopt(socket.socket(fileno=stream.socket.detach()))
+            if wants is not _Wants.WEBSOCKET:
+                return
             async with trio.open_nursery() as nursery:
                 await self._shake(nursery, stream)
                 nursery.cancel_scope.cancel()
@@ -73,6 +93,24 @@ class AttachPort:
             _log.debug("a connection of a service failed", error=type(group.exceptions[0]).__name__)
         finally:
             await trio.aclose_forcefully(stream)
+
+    async def _look_at(self, stream: trio.SocketStream) -> _Wants:
+        """What it wants: looked at, and left to be read by who takes it."""
+        self._shaking += 1
+        try:
+            with trio.move_on_after(_HANDSHAKE_SECONDS):
+                while True:
+                    seen = await stream.socket.recv(len(_UPGRADES), socket.MSG_PEEK)
+                    if not seen:
+                        return _Wants.NOTHING
+                    if seen == _UPGRADES:
+                        return _Wants.WEBSOCKET
+                    if not _UPGRADES.startswith(seen):
+                        return _Wants.HTTP
+                    await trio.sleep(_LOOK_AGAIN)  # it is readable, and so would not be waited for
+            return _Wants.NOTHING
+        finally:
+            self._shaking -= 1
 
     async def _shake(self, nursery: trio.Nursery, stream: trio.SocketStream) -> None:
         self._shaking += 1

@@ -27,6 +27,7 @@ _NEVER = float("inf")
 
 REASONS = {
     200: b"OK",
+    202: b"Accepted",
     400: b"Bad Request",
     401: b"Unauthorized",
     403: b"Forbidden",
@@ -35,8 +36,10 @@ REASONS = {
     408: b"Request Timeout",
     413: b"Content Too Large",
     417: b"Expectation Failed",
+    422: b"Unprocessable Content",
     429: b"Too Many Requests",
     431: b"Request Header Fields Too Large",
+    500: b"Internal Server Error",
     503: b"Service Unavailable",
 }
 
@@ -51,6 +54,8 @@ _READ = (
     b"x-hub-signature-256",
     b"traceparent",
     b"x-correlation-id",
+    b"authorization",
+    b"idempotency-key",
 )
 _NOT_READ = (b"user-agent", b"accept", b"accept-encoding", b"content-type", b"connection")  # that often come
 _SPELLINGS = {

@@ -50,11 +50,13 @@ class ListenerStatistics:
 
 class Listener:
     """One listening socket and its connections. It listens from `bind` on, and reads from `serve` on:
-    who connects in between waits, and is not refused.
+    who connects in between waits, and is not refused. Without a socket of its own (`adopts`) it has the
+    connections that somebody else took.
     """
 
-    def __init__(self, limits: LimitsConfig) -> None:
+    def __init__(self, limits: LimitsConfig, *, adopts: bool = False) -> None:
         self.limits = limits
+        self._adopts = adopts
         self.statistics = ListenerStatistics()
         self.draining = False
         self.date = b""
@@ -99,18 +101,19 @@ class Listener:
         Raises:
             RuntimeError: `bind` has not been called.
         """
-        if self._socket is None:
+        if self._socket is None and not self._adopts:
             raise RuntimeError("bind before serve")
         if self.draining:
             return
         self._accept = accept
         self._epoll = epoll = select.epoll()
         try:
-            self._listen(epoll, self._socket)
+            if self._socket is not None:
+                self._listen(epoll, self._socket)
             self.now = trio.current_time()
             self._set_date()
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._sweep, epoll, self._socket)
+                nursery.start_soon(self._sweep, epoll)
                 nursery.start_soon(self._serve, epoll)
                 nursery.start_soon(self._write)
                 await self._drained.wait()
@@ -118,7 +121,8 @@ class Listener:
         finally:
             for connection in list(self._connections.values()):
                 connection.close()
-            self._socket.close()
+            if self._socket is not None:
+                self._socket.close()
             self._listening = False
             trio.lowlevel.notify_closing(epoll)
             epoll.close()
@@ -194,15 +198,19 @@ class Listener:
                 epoll.unregister(listener.fileno())
                 self._listening = False
                 return
-            sock.setblocking(False)
-            if len(self._connections) >= self.limits.max_connections:
-                self._refuse(sock)
-                continue
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._connections[sock.fileno()] = Connection(self, sock)
-            self.watch(sock, select.EPOLLIN, new=True)
-            self.statistics.accepted += 1
-            self.statistics.connections = len(self._connections)
+            self.adopt(sock)
+
+    def adopt(self, sock: socket.socket) -> None:
+        """Have a connection that was taken, while `serve` runs."""
+        sock.setblocking(False)
+        if self._epoll is None or self.draining or len(self._connections) >= self.limits.max_connections:
+            self._refuse(sock)
+            return
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._connections[sock.fileno()] = Connection(self, sock)
+        self.watch(sock, select.EPOLLIN, new=True)
+        self.statistics.accepted += 1
+        self.statistics.connections = len(self._connections)
 
     def _refuse(self, sock: socket.socket) -> None:
         self.statistics.refused += 1
@@ -212,13 +220,13 @@ class Listener:
             sock.send(encode(response, self.date, close=True))
         sock.close()
 
-    async def _sweep(self, epoll: select.epoll, listener: socket.socket) -> None:
+    async def _sweep(self, epoll: select.epoll) -> None:
         """One timer for all deadlines: a scope for each read would cost more than the read."""
         while True:
             await trio.sleep(_SWEEP_SECONDS)
             self._set_date()
-            if not self._listening and not self.draining:
-                self._listen(epoll, listener)
+            if self._socket is not None and not self._listening and not self.draining:
+                self._listen(epoll, self._socket)
             self.now = trio.current_time()
             for connection in list(self._connections.values()):
                 if connection.deadline <= self.now:

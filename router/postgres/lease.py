@@ -30,12 +30,15 @@ _JOURNAL = "postroom_journal"
 _JOBS = "postroom_jobs"
 _ERASURES = "postroom_erasures"
 _SERVICES = "postroom_services"
+_OUTBOX = "postroom_outbox"
+_STATUSES = "postroom_statuses"
 
 
 class PostgresLease:
-    """`on_journal`, `on_dead_letters`, `on_jobs`, `on_erasures` and `on_services` are called in the trio
-    thread when another process has journaled something, asked for dead letters to be retried, asked for a job
-    or switched one, erased a person, or changed a service.
+    """The callbacks are called in the trio thread when another process has journaled something, asked for
+    dead letters to be retried, asked for a job or switched one, erased a person, changed a service, or put a
+    message into the outbox, or wrote down a status that a service is to be told; and when that may have been
+    missed.
     """
 
     def __init__(
@@ -48,6 +51,8 @@ class PostgresLease:
         on_jobs: Callable[[], None],
         on_erasures: Callable[[], None],
         on_services: Callable[[], None],
+        on_outbox: Callable[[], None],
+        on_statuses: Callable[[], None],
     ) -> None:
         self._bridge = bridge
         self._listeners = {
@@ -56,6 +61,8 @@ class PostgresLease:
             _JOBS: on_jobs,
             _ERASURES: on_erasures,
             _SERVICES: on_services,
+            _OUTBOX: on_outbox,
+            _STATUSES: on_statuses,
         }
         self._holder = uuid.uuid4()
         self._line = Line(dsn, "lease", on_open=self._opened)

@@ -21,15 +21,22 @@ _SQL = statements("outbox")
 
 
 class PostgresOutbox:
-    """One per process, on a connection of its own."""
+    """One per process, on a connection of its own, and one for services that send: neither waits for the
+    other.
+    """
 
     def __init__(self, bridge: Bridge, dsn: Callable[[], str], *, clock: Clock) -> None:
         self._bridge = bridge
         self._clock = clock
         self._line = Line(dsn, "outbox", settings=BY_KEY)
+        self._services_line = Line(dsn, "sending", settings=BY_KEY)
 
     async def close(self) -> None:
-        await self._bridge.run(self._line.close)
+        async def close() -> None:
+            await self._line.close()
+            await self._services_line.close()
+
+        await self._bridge.run(close)
 
     async def unsent(self, *, conversations: int, of_each: int, busy: Sequence[str]) -> Unsent:
         now = self._clock()
@@ -47,15 +54,40 @@ class PostgresOutbox:
         ]
         await self._fetch("record", epoch, now, *columns)
 
-    async def _fetch(self, name: str, *arguments: Any) -> list[Any]:
+    async def send(
+        self,
+        service: str,
+        *,
+        key: str,
+        request_sha256: bytes,
+        number: str,
+        recipient: str,
+        payload: str,
+        correlation_id: str,
+    ) -> Any:
+        """Put a message there, or find the one with that key: id, created, is_same, status."""
+        now = self._clock()
+        arguments = (now, service, key, request_sha256, number, recipient, payload, correlation_id)
+        return (await self._fetch("send", *arguments, line=self._services_line))[0]
+
+    async def sent(self, service: str, identity: int) -> Any | None:
+        """A message of that service: status, message_id, error_message, furthest (the status from the
+        channel).
+        """
+        rows = await self._fetch("sent", service, identity, line=self._services_line)
+        return rows[0] if rows else None
+
+    async def _fetch(self, name: str, *arguments: Any, line: Line | None = None) -> list[Any]:
+        used = self._line if line is None else line
+
         async def fetch() -> list[Any]:
             with translated(name):
                 try:
-                    async with self._line.use() as connection:
+                    async with used.use() as connection:
                         rows: list[Any] = await connection.fetch(_SQL[name], *arguments)
                         return rows
                 except TRANSIENT:
-                    self._line.drop()
+                    used.drop()
                     raise
 
         return await self._bridge.run(fetch)

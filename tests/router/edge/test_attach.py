@@ -22,10 +22,13 @@ from trio_websocket import ConnectionClosed, ConnectionRejected, WebSocketConnec
 
 from actors.messages import Ack, Envelope, Outcome, Reject, Reply, Retry, Session
 from actors.ports import Unreadable
+from router.accept import JSON, Request, Respond, Response
 from router.client import CannotAttach, serve_domain
+from router.config import LimitsConfig
 from router.delivery.attached import AttachedService
 from router.edge import attach
 from router.edge.attach import AttachPort
+from router.edge.http1 import Listener
 
 HANGS = 30.0
 TOKEN = "b7c1f0"
@@ -65,14 +68,23 @@ class Port:
         stood_down.set()
 
 
+def not_a_websocket(request: Request, respond: Respond) -> None:
+    respond(Response(418, JSON, request.path))
+
+
 @asynccontextmanager
 async def opened() -> AsyncIterator[Port]:
     port = Port()
+    listener = Listener(LimitsConfig(), adopts=True)
     serving = AttachPort(
-        {"rides": port.rides}, may_attach=lambda: port.delivers, stood_down=lambda: port.stood_down.wait()
+        {"rides": port.rides},
+        may_attach=lambda: port.delivers,
+        stood_down=lambda: port.stood_down.wait(),
+        listener=listener,
     )
     with trio.fail_after(HANGS):
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(listener.serve, not_a_websocket)
             number = await nursery.start(serving.serve, "127.0.0.1", 0)
             port.url = f"ws://127.0.0.1:{number}"
             yield port
@@ -192,7 +204,7 @@ async def test_many_are_under_way_at_once_and_no_more_than_asked_for() -> None:
         ("/services/rides", None, 401),
         ("/services/jobs", TOKEN, 404),
         ("/services/", TOKEN, 404),
-        ("/", TOKEN, 404),
+        ("/", TOKEN, 400),
         ("/services/rides/more", TOKEN, 404),
     ],
 )

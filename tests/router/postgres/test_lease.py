@@ -38,6 +38,8 @@ async def open_lease(database: Database) -> AsyncIterator[PostgresLease]:
         on_jobs=lambda: None,
         on_erasures=lambda: None,
         on_services=lambda: None,
+        on_outbox=lambda: None,
+        on_statuses=lambda: None,
     )
     try:
         yield lease
