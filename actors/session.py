@@ -130,7 +130,10 @@ class SessionActor:
         letter = completion.dead_letter
         if letter is not None and letter.keeps_order:
             self._deferrals.hold(self._key, completion.service or "", item.seq)
-        await self._completer.tell(completion)
+        try:
+            self._completer.tell_nowait(completion)
+        except MailboxFull:
+            await self._completer.tell(completion)
         self._conversations.finished(self._key, item)
         return True
 

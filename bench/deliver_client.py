@@ -15,7 +15,7 @@ import httpx
 import trio
 
 from actors.completer import Completer
-from actors.kernel import Address
+from actors.kernel import Address, MailboxFull
 from actors.messages import Ack, Completion, Envelope, Item, Outcome, Session
 from actors.ports import Handler, Unreadable
 from bench.storage import completion
@@ -164,7 +164,10 @@ async def _measured(
         for item in waiting:
             outcome = await handler.attempt(envelope_of(item))
             assert isinstance(outcome, Ack)
-            await address.tell(completion(item, item.seq))
+            try:  # as a session does it
+                address.tell_nowait(completion(item, item.seq))
+            except MailboxFull:
+                await address.tell(completion(item, item.seq))
 
     began, cpu = time.perf_counter(), _cpu()
     async with trio.open_nursery() as nursery:

@@ -26,6 +26,8 @@ def _replaced(match: re.Match[str]) -> str:
     return escape if escape == "\\\\" or len(escape) == 12 else "\\ufffd"
 
 
+# What the fast writer has a form of its own for is left to the other one.
+_PLAIN = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_SUBCLASS
 _WRITER = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 _ANY_WRITER = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"), default=str)
 
@@ -73,7 +75,11 @@ def storable(value: Any) -> str:
     """JSON text that jsonb takes: NUL and lone surrogates, which it has no room for, become U+FFFD, NaN
     and infinities null.
     """
-    text = _written(_ANY_WRITER, value)
+    try:
+        written = orjson.dumps(value, option=_PLAIN)
+        text = written.decode() if written.isascii() else _written(_ANY_WRITER, value)
+    except TypeError:
+        text = _written(_ANY_WRITER, value)
     return _ESCAPES.sub(_replaced, text) if "\\u" in text else text
 
 

@@ -50,15 +50,21 @@ class Origin:
 
 
 class Response:
-    """Collects one response; interim ones (1xx) are passed over, and what follows it is nobody's."""
+    """One response; interim ones (1xx) are passed over, and what follows it is nobody's."""
+
+    __slots__ = ("body", "complete", "fields", "reusable", "status")
 
     def __init__(self) -> None:
-        self.parser = httptools.HttpResponseParser(self)
         self.status = 0  # until the head of the response has been read
-        self.headers: dict[str, str] = {}
+        self.fields: list[tuple[bytes, bytes]] = []  # of its header, as they came
         self.body = bytearray()
         self.complete = False
         self.reusable = False
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """By name in lower case; made when somebody asks, which hardly anybody does."""
+        return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in self.fields}
 
     @property
     def too_large(self) -> bool:
@@ -69,31 +75,57 @@ class Response:
         """Whether the end of the connection is the end of the body."""
         return self.status > 0 and not self.headers.keys() & {"content-length", "transfer-encoding"}
 
+
+class _Reader:
+    """Collects the responses of one connection, one after the other, with one parser for all."""
+
+    __slots__ = ("_parser", "_response")
+
+    def __init__(self) -> None:
+        self._parser = httptools.HttpResponseParser(self)
+        self._response = Response()
+
+    def begin(self) -> Response:
+        """The response that is read from now on."""
+        self._response = response = Response()
+        return response
+
+    def feed(self, data: bytes) -> None:
+        """Raises NoAnswer: it is none of HTTP."""
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            if not self._response.complete:
+                raise NoAnswer(f"not an HTTP answer: {type(error).__name__}") from None
+            self._response.reusable = False
+
     def on_message_begin(self) -> None:
-        self.reusable = False  # a second answer that nobody asked for
+        self._response.reusable = False  # where it is complete: a second answer that nobody asked for
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self.complete:
-            self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+        if not self._response.complete:
+            self._response.fields.append((name, value))
 
     def on_headers_complete(self) -> None:
-        status = self.parser.get_status_code()
-        if self.complete:
+        response = self._response
+        if response.complete:
             return
+        status = self._parser.get_status_code()
         if status < 200:
-            self.headers.clear()
+            response.fields.clear()
         else:
-            self.status = status
+            response.status = status
 
     def on_body(self, data: bytes) -> None:
-        if not self.complete:
-            self.body += data
+        if not self._response.complete:
+            self._response.body += data
 
     def on_message_complete(self) -> None:
-        if self.status and not self.complete:
-            self.complete = True
+        response = self._response
+        if response.status and not response.complete:
+            response.complete = True
             # Asked here: afterwards the parser has forgotten how the body was framed.
-            self.reusable = self.parser.should_keep_alive()
+            response.reusable = self._parser.should_keep_alive()
 
 
 class _Tcp(trio.abc.AsyncResource):
@@ -108,12 +140,14 @@ class _Tcp(trio.abc.AsyncResource):
         self._socket.setblocking(False)
 
     async def send_all(self, data: bytes) -> None:
-        rest = memoryview(data)
-        while rest:
+        sent = 0
+        while True:
             try:
-                rest = rest[self._socket.send(rest) :]
+                sent += self._socket.send(data if not sent else memoryview(data)[sent:])
             except BlockingIOError:
                 await trio.lowlevel.wait_writable(self._socket)
+            if sent == len(data):
+                return
 
     async def receive_some(self, max_bytes: int) -> bytes:
         while True:
@@ -140,6 +174,7 @@ class HttpConnection:
         self._allow_private = allow_private
         self._tls = tls
         self._stream: _Tcp | trio.SSLStream[trio.SocketStream] | None = None
+        self._reader = _Reader()
         self._idle = select.poll()
 
     async def exchange(self, request: bytes) -> Response:
@@ -151,7 +186,7 @@ class HttpConnection:
 
     async def _exchange(self, request: bytes) -> Response:
         stream = await self._connected()
-        response = Response()
+        response = self._reader.begin()
         try:
             await stream.send_all(request)
             head = 0
@@ -161,19 +196,13 @@ class HttpConnection:
                     if response.ends_with_connection:
                         break
                     raise NoAnswer("connection closed before the end of an answer")
-                try:
-                    response.parser.feed_data(bytes(data))
-                except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-                    if not response.complete:
-                        raise NoAnswer(f"not an HTTP answer: {type(error).__name__}") from None
+                self._reader.feed(bytes(data))
                 head += 0 if response.status else len(data)
                 if head > MAX_HEAD_BYTES:
                     raise NoAnswer(f"the head of the answer is longer than {MAX_HEAD_BYTES} bytes")
         except BaseException:
             await self.close()
             raise
-        finally:
-            del response.parser  # it refers to the response
         if not response.reusable:
             await self.close()
         return response
@@ -185,6 +214,7 @@ class HttpConnection:
                 return self._stream
             await self.close()
         tcp = await self._open()
+        self._reader = _Reader()
         fd = tcp.socket.fileno()
         if self._origin.tls:
             if self._tls is None:

@@ -16,6 +16,7 @@ from router.json_text import encode, is_storable
 from .connection import Origin
 
 VERSION = 1
+_ACK = Ack()  # what most services say
 _SESSION = ("key", "phone_number_id", "wa_id", "user_id", "active_service", "state", "version")
 KnownDomain = Callable[[str], bool]
 
@@ -129,8 +130,8 @@ def answer_of(ack: Ack) -> dict[str, Any]:
 
 def read_answer(body: bytes, known_domain: KnownDomain) -> Ack | Unreadable:
     """What a 2xx answer says. Nothing, or an empty object, is an Ack without more."""
-    if not body.strip():
-        return Ack()
+    if body == b"{}" or not body.strip():
+        return _ACK
     try:
         answer = orjson.loads(body)
     except orjson.JSONDecodeError:

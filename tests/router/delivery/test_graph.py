@@ -35,7 +35,7 @@ MESSAGE = OutboundMessage(
 def answer(status: int, body: object = None, **headers: str) -> Response:
     response = Response()
     response.status = status
-    response.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    response.fields = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
     response.body += body if isinstance(body, bytes) else json.dumps(body).encode()
     return response
 
