@@ -503,6 +503,11 @@ class Counterpart:
         return [envelope.text for envelope in self.seen]
 
 
+def virtual_now() -> datetime:
+    """The autojump clock's time as a date."""
+    return START + timedelta(seconds=trio.current_time())
+
+
 STAYS_CLOSED = Trips(1_000, failure_ratio=2)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import datetime, timedelta
+from datetime import timedelta
 
 import pytest
 import trio
 import trio.testing
-from doubles import START
+from doubles import virtual_now
 from hypothesis import given
 from hypothesis import strategies as st
 from memory_outbox import MemoryOutbox, PhoneNetwork
@@ -19,11 +19,6 @@ from actors.errors import JournalUnavailable, LeaseLost
 from actors.messages import Later, Refused, SendOutcome, Sent
 from actors.outbound import Outbound
 from router.retry import Backoff
-
-
-def virtual_now() -> datetime:
-    """The autojump clock's time as a date."""
-    return START + timedelta(seconds=trio.current_time())
 
 
 class Desk:

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 
 import pytest
 import trio
@@ -23,6 +23,7 @@ from doubles import (
     service,
     service_spec,
     tree_spec,
+    virtual_now,
 )
 
 from actors.breaker import BreakerState, Trips
@@ -47,10 +48,6 @@ Clock = trio.testing.MockClock
 Seen = list[tuple[float, str]]
 
 DOWN = [Retry()] * 3  # a delivery that fails by itself: attempts at once, after 0.25 s and 0.75 s
-
-
-def virtual_now() -> datetime:
-    return START + timedelta(seconds=trio.current_time())
 
 
 class Watched(Counterpart):
