@@ -14,7 +14,6 @@ import trio
 
 from .breaker import Breaker, Trips
 from .completer import Completer
-from .concurrency import Concurrency
 from .deferrals import Deferrals
 from .dispatcher import Dispatcher
 from .errors import JournalUnavailable, LeaseLost
@@ -28,38 +27,16 @@ from .ports import (
     JobLog,
     Journal,
     Outbox,
-    RedeliveryPolicy,
     ResendPolicy,
     RetryPolicy,
     RoutePolicy,
     StatusLog,
 )
 from .retrier import Retrier
-from .service import OpenLane, Service, ServiceStatistics
+from .service import Service
+from .services import Services, ServiceSpec
 from .session import SessionActor
 from .status_relay import StatusRelay
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServiceSpec:
-    """One service: times in seconds; `waiting` deliveries wait for a lane, more stay in the journal. Between
-    `least_lanes` and `lanes` attempts run at once. `trips` opens its breaker; `strict`: a conversation waits
-    behind its dead letters; `paused`: nothing is attempted, and what comes for it waits. With `statuses` it
-    is told what became of the messages that it sent.
-    """
-
-    name: str
-    open_lane: OpenLane
-    lanes: int
-    least_lanes: int
-    timeout: float
-    deadline: float
-    waiting: int
-    redelivery: RedeliveryPolicy
-    strict: bool
-    paused: bool
-    statuses: bool
-    trips: Trips
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,11 +115,14 @@ class DeliveryTree:
         self._versions = count((epoch << 40) + 1)  # they never repeat: no epoch makes 2**40 changes
         self.completer: Address[Completion] = Address("completer", spec.completer_capacity)
         self._loader: Address[Load] = Address("session-loader", spec.max_live_sessions)
-        self.services: dict[str, Service] = {}
-        self._service_specs: dict[str, ServiceSpec] = {}
-        self._service_statistics: dict[str, ServiceStatistics] = {}
-        self._service_nursery: trio.Nursery | None = None
-        self._services_drained = trio.Event()
+        self._services = Services(
+            spec.services,
+            retry=spec.retry,
+            may_attempt=may_attempt,
+            on_taken=self._taken,
+            on_breaker=self._breaker_changed,
+            report=spec.report,
+        )
         self._deferrals = Deferrals(spec.journal)
         self._draining: set[str] = set()  # children that were asked to finish, also those not there yet
         self.dispatcher: Dispatcher | None = None
@@ -158,7 +138,7 @@ class DeliveryTree:
                 ChildSpec(
                     "completer", self._run_completer, self.completer.mailbox.close, self.completer.bury
                 ),
-                ChildSpec("services", self._run_services, self._drain_services),
+                ChildSpec("services", self._services.run, self._services.drain),
                 ChildSpec("session-loader", self._run_loader, self._loader.mailbox.close, self._loader.bury),
                 ChildSpec("dispatcher", self._run_dispatcher, self._close_dispatcher),
             ],
@@ -167,6 +147,11 @@ class DeliveryTree:
             period=60,
             on_crash=spec.report,
         )
+
+    @property
+    def services(self) -> Mapping[str, Service]:
+        """Those of now, by name."""
+        return self._services.running
 
     async def run(self) -> None:
         """Until drained; raises RestartIntensityExceeded when it cannot be kept running."""
@@ -329,87 +314,19 @@ class DeliveryTree:
             self._on_lease_lost()
             await trio.sleep_forever()  # the owner ends this tree
 
-    async def _run_services(self) -> None:
-        """Services anew: the mailboxes of those before are buried. Who was replaced finishes here, too."""
-        self.services = {}
-        try:
-            async with trio.open_nursery() as nursery:
-                self._service_nursery = nursery
-                for spec in self._spec.services():
-                    self._start_service(nursery, spec)
-                if "services" in self._draining:
-                    self._drain_services()
-                await self._services_drained.wait()
-        finally:
-            self._service_nursery = None
-
     def change_services(self) -> None:
-        """They are others now. One whose spec is the same goes on; one that is gone, or another, begins no
-        more attempts, and who waits for it is sent to whoever has its name now.
-        """
-        nursery = self._service_nursery
-        if nursery is None or "services" in self._draining:
-            return  # they are read when they start
-        wanted = {spec.name: spec for spec in self._spec.services()}
-        gone = [name for name in self.services if wanted.get(name) is not self._service_specs[name]]
-        for name in gone:
-            self.services.pop(name).retire()
-        started = [spec for name, spec in wanted.items() if name not in self.services]
-        for spec in started:
-            self._start_service(nursery, spec)
-        if self._retrier is not None and (gone or started):
+        """They are others now: whoever waits for one of them hears of it."""
+        changed = self._services.change()
+        if not changed:
+            return
+        if self._retrier is not None:
             self._retrier.change_services()
-        if self._status_relay is not None and (gone or started):
+        if self._status_relay is not None:
             self._status_relay.change_services()
         if self.dispatcher is not None:
-            for name in gone:
+            for name in changed:
                 service = self.services.get(name)
                 self.dispatcher.replaced(name, None if service is None or service.paused else service.room)
-
-    def _start_service(self, nursery: trio.Nursery, spec: ServiceSpec) -> None:
-        name = spec.name
-        breaker = Breaker(
-            spec.trips,
-            pause=self._spec.retry.pause,
-            clock=trio.current_time,
-            on_change=lambda: self._breaker_changed(name, breaker),
-        )
-        service = Service(
-            name,
-            open_lane=spec.open_lane,
-            concurrency=Concurrency(spec.least_lanes, spec.lanes),
-            waiting=spec.waiting,
-            timeout=spec.timeout,
-            deadline=spec.deadline,
-            policy=self._spec.retry,
-            redelivery=spec.redelivery,
-            strict=spec.strict,
-            paused=spec.paused,
-            breaker=breaker,
-            statistics=self._service_statistics.setdefault(name, ServiceStatistics()),
-            may_attempt=self._may_attempt,
-            on_taken=self._taken,
-        )
-        self.services[name] = service
-        self._service_specs[name] = spec
-        nursery.start_soon(self._supervise_service, service, name=f"services/{name}")
-
-    async def _supervise_service(self, service: Service) -> None:
-        supervisor = Supervisor(
-            service.name,
-            [ChildSpec(service.name, service.run, service.drain, service.address.bury)],
-            strategy=Strategy.ONE_FOR_ONE,
-            max_restarts=20,
-            period=60,
-            on_crash=self._spec.report,
-        )
-        await supervisor.run()
-
-    def _drain_services(self) -> None:
-        self._draining.add("services")
-        self._services_drained.set()
-        for service in self.services.values():
-            service.drain()
 
     async def _run_loader(self) -> None:
         await self._loader.run(
@@ -487,9 +404,6 @@ class DeliveryTree:
             self.dispatcher.taken(service, room)
 
     def _breaker_changed(self, name: str, breaker: Breaker) -> None:
-        service = self.services.get(name)
-        if service is None or service.breaker is not breaker:
-            return  # of one that was replaced
         self._spec.on_breaker(name, breaker)
         wait = breaker.probe_in()
         if self._retrier is not None and wait is not None:

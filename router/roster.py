@@ -16,7 +16,7 @@ from actors.histogram import HistogramSnapshot
 from actors.messages import Item, Session
 from actors.ports import RetryPolicy, Route
 from actors.service import OpenLane, Service
-from actors.tree import ServiceSpec
+from actors.services import ServiceSpec
 from router.config import Config, ServiceConfig
 from router.delivery import in_process
 from router.delivery.attached import AttachedService

@@ -44,8 +44,9 @@ from actors.messages import (
 )
 from actors.ports import Route, Unreadable
 from actors.service import OpenLane, Service, ServiceStatistics
+from actors.services import ServiceSpec
 from actors.session import SessionActor
-from actors.tree import ServiceSpec, TreeSpec
+from actors.tree import TreeSpec
 from router.retry import REDELIVERY, Backoff
 
 START = datetime(2030, 1, 1, tzinfo=UTC)
