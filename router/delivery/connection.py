@@ -19,6 +19,8 @@ from .guard import refusal
 
 MAX_ANSWER_BYTES = 1_048_576
 MAX_HEAD_BYTES = 65_536  # of an answer, interim ones before it included
+MAX_AGE = 60.0
+"""Seconds after which a connection is made anew: where a name resolves to something else, that is followed."""
 _READ_SIZE = 65_536
 
 
@@ -163,14 +165,21 @@ class _Tcp(trio.abc.AsyncResource):
 
 
 class HttpConnection:
-    """At most one connection, opened when it is needed. Cancelled in the middle of an exchange, it is closed:
-    a late answer must not be taken for the next one's.
+    """At most one connection, opened when it is needed, and anew when it is older than `max_age` seconds.
+    Cancelled in the middle of an exchange, it is closed: a late answer must not be taken for the next one's.
     """
 
     def __init__(
-        self, origin: Origin, *, tls: ssl.SSLContext | None = None, allow_private: bool = True
+        self,
+        origin: Origin,
+        *,
+        tls: ssl.SSLContext | None = None,
+        allow_private: bool = True,
+        max_age: float = MAX_AGE,
     ) -> None:
         self._origin = origin
+        self._max_age = max_age
+        self._old_at = 0.0  # trio's clock
         self._allow_private = allow_private
         self._tls = tls
         self._stream: _Tcp | trio.SSLStream[trio.SocketStream] | None = None
@@ -210,7 +219,7 @@ class HttpConnection:
     async def _connected(self) -> _Tcp | trio.SSLStream[trio.SocketStream]:
         if self._stream is not None:
             # Readable while idle: closed, or talking out of turn. Finding that now costs no attempt.
-            if not self._idle.poll(0):
+            if trio.current_time() < self._old_at and not self._idle.poll(0):
                 return self._stream
             await self.close()
         tcp = await self._open()
@@ -227,6 +236,7 @@ class HttpConnection:
             self._stream = _Tcp(tcp)
         self._idle = select.poll()
         self._idle.register(fd, select.POLLIN)
+        self._old_at = trio.current_time() + self._max_age
         return self._stream
 
     async def _open(self) -> trio.SocketStream:

@@ -158,6 +158,18 @@ async def test_a_connection_that_is_made_anew_is_looked_at_again() -> None:
     assert seen == [REQUEST]
 
 
+async def test_a_name_that_resolves_to_something_else_is_followed_when_the_connection_is_old() -> None:
+    for max_age, asked in ((60.0, 1), (0.0, 3)):
+        names = Names(["127.0.0.1"])
+        trio.socket.set_custom_hostname_resolver(names)
+        async with listening(OK, []) as port:
+            connection = HttpConnection(Origin.of(f"http://service.test:{port}/"), max_age=max_age)
+            for _ in range(3):
+                assert (await connection.exchange(REQUEST)).status == 200
+            assert names.asked == asked
+            await connection.close()
+
+
 async def test_a_redirect_is_not_followed() -> None:
     answer = b"HTTP/1.1 302 Found\r\nLocation: http://169.254.169.254/\r\nContent-Length: 0\r\n\r\n"
     assert await exchanged(Names(["127.0.0.1"]), allow_private=True, answer=answer) == (302, [REQUEST])
