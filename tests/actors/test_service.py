@@ -11,13 +11,31 @@ import trio.testing
 from doubles import START, Counterpart, service
 
 from actors.breaker import MINIMUM, RETRY_RESERVE, RETRY_SHARE, BreakerState, Trips
+from actors.concurrency import Concurrency
 from actors.errors import NotOwner
 from actors.kernel import ActorDied, ChildSpec, MailboxFull, Strategy, Supervisor
-from actors.messages import Ack, Envelope, Reject, Reply, Retry, Session
+from actors.messages import Ack, Envelope, Outcome, Reject, Reply, Retry, Session
 from actors.ports import Unreadable
-from actors.service import Deferred, Deliver, Delivered, Rejected, Result, Undelivered
+from actors.service import Deferred, Deliver, Delivered, Moved, Rejected, Result, Undelivered
 
 Clock = trio.testing.MockClock
+
+
+class Watched(Counterpart):
+    """Notes how many attempts run when each one begins."""
+
+    def __init__(self, *, takes: float) -> None:
+        super().__init__(takes=takes)
+        self.at_once: list[int] = []
+        self._running = 0
+
+    async def attempt(self, envelope: Envelope) -> Outcome | Unreadable:
+        self._running += 1
+        self.at_once.append(self._running)
+        try:
+            return await super().attempt(envelope)
+        finally:
+            self._running -= 1
 
 
 class Office:
@@ -27,30 +45,31 @@ class Office:
         self,
         *,
         lanes: int = 1,
+        least: int | None = None,
         waiting: int = 10,
         takes: float = 0.0,
         breaker_failures: int = 1_000,
         trips: Trips | None = None,
     ) -> None:
-        self.counterpart = Counterpart(takes=takes)
+        self.counterpart = Watched(takes=takes)
         self.held = True
         self.taken: list[tuple[float, int]] = []
         self.crashes: list[Exception] = []
         self.service = service(
             "rides",
             self.counterpart.lane,
-            lanes=lanes,
+            concurrency=Concurrency(lanes if least is None else least, lanes),
             waiting=waiting,
             trips=Trips(breaker_failures, failure_ratio=2) if trips is None else trips,
             may_attempt=lambda: self.held,
             on_taken=lambda name, room: self.taken.append((trio.current_time(), room)),
         )
-        self.results: list[Result | str] = []
+        self.results: list[Result | Moved | str] = []
 
     def script(self, *outcomes: object, text: str = "a") -> None:
         self.counterpart.script[text].extend(outcomes)
 
-    async def deliver(self, text: str = "a") -> Result:
+    async def deliver(self, text: str = "a") -> Result | Moved:
         envelope = Envelope(
             id="msg_1",
             message_id=None,
@@ -345,3 +364,139 @@ async def test_what_the_service_asked_for_later_costs_no_retry(autojump_clock: C
         for number in range(100):
             office.script(Retry(after=0.5), Ack(), text=str(number))
             assert await office.deliver(str(number)) == Delivered(Ack(), 2)
+
+
+# How many attempts run at once
+
+
+async def test_a_timeout_shrinks_the_limit_and_no_more_attempts_run_at_once_until_it_has_grown_back(
+    autojump_clock: Clock,
+) -> None:
+    office = Office(lanes=4, least=1, waiting=100, takes=1.0)
+    office.script(100.0, text="slow")
+    async with office.open():
+        assert office.service.concurrency.limit == office.counterpart.open_lanes == 4
+        await office.deliver("slow")
+        assert office.service.concurrency.limit == 2
+        async with trio.open_nursery() as nursery:
+            for number in range(20):
+                nursery.start_soon(office.note, str(number))
+            await trio.sleep(0.5)
+            assert office.counterpart.at_once[2:] == [1, 2]
+        assert max(office.counterpart.at_once) == office.service.concurrency.limit == 4
+        assert office.results == [Delivered(Ack(), 1)] * 20
+        assert sorted(office.counterpart.texts[2:], key=int) == [str(number) for number in range(20)]
+        assert office.counterpart.open_lanes == 4
+
+
+async def test_timeouts_alone_leave_one_attempt_at_a_time(autojump_clock: Clock) -> None:
+    office = Office(lanes=8, least=1, waiting=100)
+    async with office.open():
+        for number in range(8):
+            office.script(100.0, 100.0, 100.0, text=f"slow {number}")
+            await office.deliver(f"slow {number}")
+        assert office.service.concurrency.limit == 1
+        office.counterpart.takes = 1.0
+        began = len(office.counterpart.seen)
+        async with trio.open_nursery() as nursery:
+            for number in range(5):
+                nursery.start_soon(office.note, str(number))
+        assert office.counterpart.at_once[began : began + 2] == [1, 1]
+
+
+async def test_failures_do_not_make_it_grow_and_every_answer_does(autojump_clock: Clock) -> None:
+    for outcome in (Ack(), Reject("no"), Unreadable("?")):
+        office = Office(lanes=2, least=1)
+        office.script(100.0, Retry(), Retry())
+        office.script(*(Retry() for _ in range(30)), *(Retry(after=0.1) for _ in range(5)), text="b")
+        async with office.open():
+            for text in ("a", *"bbbbb"):
+                await office.deliver(text)
+                assert office.service.concurrency.limit == 1
+            office.script(outcome, text="c")
+            await office.deliver("c")
+            assert office.service.concurrency.limit == 2
+
+
+async def test_what_each_attempt_took_is_observed_unless_it_was_broken_off(autojump_clock: Clock) -> None:
+    office = Office()
+    office.script(Retry(), 0.2, text="a")
+    office.script(100.0, 0.3, text="b")
+    office.script(OSError("bug"), text="crash")
+    async with office.open():
+        for text in ("a", "b", "crash"):
+            await office.note(text)
+        latency = office.service.statistics.latency.snapshot()
+    assert office.service.statistics.attempts == 5
+    assert latency.count == 4
+    assert latency.seconds == pytest.approx(0.0 + 0.2 + 4.0 + 0.3)
+
+
+# Replaced by another one
+
+
+async def test_one_that_is_retired_finishes_what_runs_and_sends_on_what_waits(autojump_clock: Clock) -> None:
+    office = Office(lanes=2, takes=1.0)
+    async with office.open(), trio.open_nursery() as nursery:
+        for text in "abcde":
+            nursery.start_soon(office.note, text)
+            await trio.testing.wait_all_tasks_blocked()
+        await trio.sleep(0.5)
+        office.service.retire()
+        await trio.testing.wait_all_tasks_blocked()
+        assert office.results == [Moved()] * 3
+        assert trio.current_time() == 0.5
+        await trio.sleep(0.6)
+        assert office.results[3:] == [Delivered(Ack(), 1)] * 2
+        assert office.counterpart.texts == ["a", "b"]
+        assert office.counterpart.open_lanes == 0
+        assert office.crashes == []
+
+
+async def test_a_delivery_that_waits_for_its_next_attempt_moves_with_those_that_were_made(
+    autojump_clock: Clock,
+) -> None:
+    office = Office(lanes=2)
+    office.script(Retry(), Retry(), text="twice")
+    office.script(Retry(after=5.0), text="put off")
+    async with office.open(), trio.open_nursery() as nursery:
+        nursery.start_soon(office.note, "twice")
+        nursery.start_soon(office.note, "put off")
+        await trio.sleep(0.5)
+        assert len(office.counterpart.seen) == 3
+        office.service.retire()
+        await trio.testing.wait_all_tasks_blocked()
+        assert trio.current_time() == 0.5
+        assert sorted(office.results, key=repr) == [Moved(1), Moved(2)]
+        await trio.sleep(10)
+        assert len(office.counterpart.seen) == 3
+
+
+async def test_an_attempt_that_fails_after_it_was_retired_is_not_followed_by_another(
+    autojump_clock: Clock,
+) -> None:
+    office = Office(takes=1.0)
+    office.script(Retry())
+    async with office.open(), trio.open_nursery() as nursery:
+        nursery.start_soon(office.note, "a")
+        await trio.sleep(0.5)
+        office.service.retire()
+        await trio.sleep(10)
+        assert office.results == [Moved(1)]
+        assert len(office.counterpart.seen) == 1
+
+
+async def test_deliveries_that_lanes_hold_beyond_the_limit_move_too(autojump_clock: Clock) -> None:
+    office = Office(lanes=2, least=1, takes=1.0)
+    office.script(100.0, Retry(), Retry(), text="slow")
+    async with office.open(), trio.open_nursery() as nursery:
+        await office.deliver("slow")
+        assert office.service.concurrency.limit == 1
+        for text in "abc":
+            nursery.start_soon(office.note, text)
+            await trio.testing.wait_all_tasks_blocked()
+        assert office.service.room == 9  # one runs, one is held, one waits
+        office.service.retire()
+        await trio.sleep(2)
+        assert office.results == [Moved(), Moved(), Delivered(Ack(), 1)]
+        assert office.counterpart.open_lanes == 0
