@@ -251,6 +251,76 @@ class TestFallback:
         assert titles(decide("hello", routes=routes)) == ["Trajets"]
 
 
+def with_states(states: Mapping[str, str], routing: RoutingConfig | None = None) -> Routes:
+    """Routes over the usual services, some of them in another state."""
+    services = {
+        name: replace(service, state=states.get(name, "active")) for name, service in SERVICES.items()
+    }
+    return Routes(routing if routing is not None else RoutingConfig(), services, HomeMenu(ROWS))
+
+
+class TestDraining:
+    routes = with_states({"rides": "draining"})
+
+    @each("text", ["taxi", "I need a taxi now", "TAGISI"])
+    def test_its_words_lead_nobody_to_it(self, text: str) -> None:
+        assert where(decide(text)) == ("keyword", "rides")
+        assert where(decide(text, routes=self.routes)) == ("fallback", None)
+        assert where(decide(text, "wallet", routes=self.routes)) == ("active_service", "wallet")
+
+    def test_words_of_others_in_the_same_text_do(self) -> None:
+        assert where(decide("a taxi to the job", routes=self.routes)) == ("keyword", "jobs")
+
+    @each("id", ["rides", "mobility", "rides:book", "start"])
+    def test_no_button_leads_to_it(self, id: str) -> None:
+        buttons = RoutingConfig(buttons={"start": "rides"})
+        assert where(decide(pressed(id), routes=with_states({}, buttons))) == ("button", "rides")
+        routes = with_states({"rides": "draining"}, buttons)
+        for message in (pressed(id), pressed(id, "list_reply"), button(id)):
+            assert where(decide(message, routes=routes)) == ("fallback", None)
+            assert where(decide(message, "wallet", routes=routes)) == ("active_service", "wallet")
+
+    def test_nothing_falls_back_to_it(self) -> None:
+        routing = RoutingConfig(fallback="ai_agents")
+        assert where(decide("hello", routes=with_states({}, routing))) == ("fallback", "ai_agents")
+        route = decide("hello", routes=with_states({"ai_agents": "draining"}, routing))
+        assert where(route) == ("fallback", None)
+        assert titles(route) == ["Rides", "Jobs"]
+
+    @each("message", ["hello", "taxi", "a taxi please", pressed("rides:book"), button("rides")])
+    def test_the_conversation_that_is_with_it_goes_on(self, message: dict[str, Any] | str) -> None:
+        assert where(decide(message, "rides", routes=self.routes)) == ("active_service", "rides")
+
+    def test_the_conversation_that_is_with_it_may_leave(self) -> None:
+        assert where(decide("exit", "rides", routes=self.routes)) == ("exit", None)
+        assert where(decide("job", "rides", routes=self.routes)) == ("keyword", "jobs")
+        assert where(decide(pressed("jobs"), "rides", routes=self.routes)) == ("button", "jobs")
+
+    @each("message", ["taxi", "a taxi", pressed("rides")])
+    def test_to_one_that_is_paused_everything_leads(self, message: dict[str, Any] | str) -> None:
+        routes = with_states({"rides": "paused"})
+        assert decide(message, routes=routes).domain == "rides"
+        assert where(decide("hello", "rides", routes=routes)) == ("active_service", "rides")
+
+
+class TestGone:
+    routes = Routes(
+        RoutingConfig(), {name: one for name, one in SERVICES.items() if name != "rides"}, HomeMenu(ROWS)
+    )
+
+    @each("message", ["hello", "taxi", "a taxi", pressed("rides"), {"type": "image", "image": {"id": "1"}}])
+    def test_a_conversation_whose_service_is_gone_is_with_nobody(self, message: dict[str, Any] | str) -> None:
+        route = decide(message, "rides", routes=self.routes)
+        assert where(route) == ("fallback", None)
+        assert len(route.replies) == 1
+        assert not route.leave
+
+    def test_words_and_buttons_lead_it_to_another(self) -> None:
+        assert where(decide("a job please", "rides", routes=self.routes)) == ("keyword", "jobs")
+        assert where(decide("job", "rides", routes=self.routes)) == ("keyword", "jobs")
+        assert where(decide(pressed("jobs"), "rides", routes=self.routes)) == ("button", "jobs")
+
+
 class TestHomeMenu:
     menu = HomeMenu(ROWS)
 
