@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
 
+import pytest
 import trio
 import trio.testing
 from doubles import START, Counterpart, MemoryJournal, delivery, incoming, service_spec, tree_spec
@@ -398,6 +399,21 @@ async def test_what_is_deferred_when_one_is_removed_waits_on(autojump_clock: Clo
         office.replace()
         await trio.sleep(10)
     office.assert_all_told_once()
+
+
+@pytest.mark.xfail(strict=True, reason="a letter without a service forgets the attempts that were made")
+async def test_what_was_attempted_when_one_is_removed_is_told_again_as_such(autojump_clock: Clock) -> None:
+    office = Office()
+    office.rides.script["rides:a0"].append(Retry(after=10.0))
+    async with office.open():
+        office.say("rides:a0")
+        await trio.sleep(1)
+        office.remove()
+        await trio.sleep(1)
+        assert office.letter("rides:a0") == ("pending", "no_service")
+        new = office.replace()
+        await trio.sleep(5)
+        assert [one.redelivered for one in new.seen] == [True]
 
 
 # Whoever stands in line

@@ -500,3 +500,37 @@ async def test_deliveries_that_lanes_hold_beyond_the_limit_move_too(autojump_clo
         await trio.sleep(2)
         assert office.results == [Moved(), Moved(), Delivered(Ack(), 1)]
         assert office.counterpart.open_lanes == 0
+
+
+@pytest.mark.xfail(strict=True, reason="retries inside of deliveries do not look at the limit")
+async def test_retries_do_not_run_beyond_the_limit_either(autojump_clock: Clock) -> None:
+    office = Office(lanes=8, least=1)
+    office.script(*(100.0 for _ in range(24)))
+    async with office.open(), trio.open_nursery() as nursery:
+        for _ in range(8):
+            nursery.start_soon(office.note, "a")
+        await trio.sleep(4.5)
+        assert office.service.concurrency.limit == 5
+        assert max(office.counterpart.at_once[8:]) <= 5
+
+
+@pytest.mark.xfail(strict=True, reason="what lanes hold beyond the limit loses against what comes later")
+async def test_what_lanes_hold_beyond_the_limit_has_its_turn_before_what_comes_later(
+    autojump_clock: Clock,
+) -> None:
+    office = Office(lanes=8, least=1, waiting=100)
+    for number in range(8):
+        office.script(100.0, Retry(), Retry(), text=f"slow {number}")
+    async with office.open():
+        for number in range(8):
+            await office.deliver(f"slow {number}")
+        assert office.service.concurrency.limit == 1
+        office.counterpart.takes = 1.0
+        before = len(office.counterpart.seen)
+        async with trio.open_nursery() as nursery:
+            for number in range(40):
+                office.script(Retry(after=60.0), text=str(number))  # no answer that lets it grow
+                nursery.start_soon(office.note, str(number))
+                await trio.testing.wait_all_tasks_blocked()
+        told = [int(text) for text in office.counterpart.texts[before:]]
+        assert all(abs(told.index(number) - number) <= 8 for number in range(40))

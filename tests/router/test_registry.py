@@ -18,6 +18,7 @@ from router.config import Config, ServiceConfig
 from router.config_file import ServiceTable
 from router.config_rules import find_problems
 from router.domains import KEYWORDS
+from router.registering import with_settings
 from router.registry import (
     Credentials,
     Registry,
@@ -321,6 +322,39 @@ def test_no_problem_shows_a_secret(config: Config) -> None:
     found = registry(config, version("rides", 1, {"lanes": 0, "token": "tops3cret"}), credentials=credentials)
     assert "s3cret" not in repr(found)
     assert "whsec_secret!" not in repr(found)
+
+
+# What is not so yet
+
+
+@pytest.mark.xfail(strict=True, raises=TypeError, reason="null is taken for a time and compared")
+def test_a_setting_that_is_null_is_no_reason_to_fall_over(config: Config) -> None:
+    found = registry(config, version("rides", 2, {"timeout_ms": None}), version("rides", 1, {"lanes": 3}))
+    assert found.services["rides"].timeout_ms == 3_000
+
+
+@pytest.mark.xfail(strict=True, reason="a version meets those of other services in the order of their names")
+@each("state", ["active", "removed"])
+def test_a_keyword_may_move_to_a_service_whose_name_comes_first(config: Config, state: str) -> None:
+    """`services set` looks at the first version beside the second, and takes it."""
+    chess = version("chess", 1, {"keywords": {"en": ["job"]}})
+    jobs = version("jobs", 1, {"keywords": {"en": ["vacancy"]}}, state)
+    assert registry(config, jobs, chess).unusable == ()
+    assert registry(config, chess, jobs).unusable == ()
+
+
+@pytest.mark.xfail(strict=True, reason="credentials are not looked at, and a lane cannot be made with these")
+def test_credentials_that_cannot_be_used_are_not_used(config: Config) -> None:
+    found = registry(config, credentials={"rides": Credentials(secret="by hand")})
+    assert find_problems(replace(config, services=found.services)) == ()
+
+
+@pytest.mark.xfail(strict=True, reason="the first version is active, whatever the file says")
+def test_the_first_setting_leaves_the_state_as_the_file_has_it(config: Config) -> None:
+    before = ServiceVersion(service="wallet", version=0, state="active", definition={})
+    changed = with_settings({"lanes": 16}, frozenset())(before, config.services["wallet"])
+    found = registry(config, replace(changed, version=1))
+    assert (found.services["wallet"].lanes, found.services["wallet"].state) == (16, "draining")
 
 
 # Whatever a definition is
