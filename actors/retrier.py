@@ -69,6 +69,7 @@ class Retrier:
         self._processed = 0
         self._failed = 0
         self._running = False
+        self._until = 0.0  # trio's clock: the end of the run that is under way
         self._stranded = True  # letters may be claimed that nobody has
         self._error: str | None = None  # of the run that is under way
         self._expire_at = 0.0  # trio's clock
@@ -97,6 +98,7 @@ class Retrier:
         """There are others: what waited for one that there was not can go."""
         for name in self._services:
             self._lines.setdefault(name, _Line(name))
+        self._until = trio.current_time()  # the run that is under way looked at those before
         for line in self._lines.values():
             line.changed.set()
         self.wake()
@@ -173,9 +175,9 @@ class Retrier:
             self._error = str(trouble)
         else:
             async with trio.open_nursery() as nursery:
-                until = trio.current_time() + _RUN
+                self._until = trio.current_time() + _RUN
                 for line in filter(self._may_have_letters, list(self._lines.values())):
-                    nursery.start_soon(self._work_off, line, until)
+                    nursery.start_soon(self._work_off, line)
         self._running = False
         return await self._put_on_record(trio.current_time() - began)
 
@@ -202,9 +204,9 @@ class Retrier:
             await self._journal.release_dead_letters(self._epoch, keep=list(self._line_of))
             self._stranded = False
 
-    async def _work_off(self, line: _Line, until: float) -> None:
+    async def _work_off(self, line: _Line) -> None:
         claims = True
-        while trio.current_time() < until:
+        while trio.current_time() < self._until:
             line.changed = trio.Event()
             room = self._room(line)
             if line.waiting and not room:
@@ -229,7 +231,8 @@ class Retrier:
                     refused += 1
             if not line.out:
                 return
-            with trio.move_on_at(min(until, trio.current_time() + _NO_ROOM) if refused else until):
+            look_at = min(self._until, trio.current_time() + _NO_ROOM) if refused else self._until
+            with trio.move_on_at(look_at):
                 await line.changed.wait()
             if line.calm:
                 line.calm = False

@@ -55,13 +55,21 @@ class Deferred:
 
 
 @dataclass(frozen=True, slots=True)
+class Unserved:
+    """Nobody serves that domain, or nobody does any more."""
+
+    reason: str
+    attempts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Moved:
     """This actor makes no more attempts: whoever serves the domain now is to be asked."""
 
     attempts: int = 0
 
 
-Result = Delivered | Rejected | Undelivered | Deferred
+Result = Delivered | Rejected | Undelivered | Deferred | Unserved
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +144,7 @@ class Service:
         self._budget = RetryBudget()
         self._gates: set[trio.CancelScope] = set()
         self._running = 0
-        self._idle = trio.lowlevel.ParkingLot()  # lanes that hold a delivery beyond the limit
+        self._waiting_lanes = trio.lowlevel.ParkingLot()  # those whose attempt is beyond the limit
         self._draining = False
         self._retired = trio.Event()
 
@@ -170,17 +178,10 @@ class Service:
                 except MailboxClosed:
                     return
                 self._on_taken(self.name, self.room)
-                while self._running >= self.concurrency.limit and not self._retired.is_set():
-                    await self._idle.park()
-                self._running += 1
                 try:
                     delivery.promise.answer(await self._deliver(handler, delivery.envelope))
                 except NotOwner as refusal:
                     delivery.promise.fail(refusal)
-                finally:
-                    self._running -= 1
-                    if self._idle:
-                        self._idle.unpark(count=max(1, self.concurrency.limit - self._running))
 
     async def _until_ready(self, handler: Gated) -> None:
         with trio.CancelScope() as scope:
@@ -200,29 +201,33 @@ class Service:
     def retire(self) -> None:
         """Begin no more attempts: what waits is told so, what runs is finished."""
         self._retired.set()
-        self._idle.unpark_all()
+        self._running += len(self._waiting_lanes)
+        self._waiting_lanes.unpark_all()
         self.drain()
         for delivery in self.address.mailbox.drain_nowait():
             delivery.promise.answer(Moved())
 
     async def _deliver(self, handler: Handler, envelope: Envelope) -> Result | Moved:
-        started = trio.current_time()
         attempts = counted = 0
+        reason, started = "", float("inf")
         self._budget.delivery()
         while True:
-            if self._retired.is_set():
-                return Moved(attempts)
-            if not self._may_attempt():
-                raise NotOwner(self.name)
-            ticket = self.breaker.admit()
-            if ticket is None:
-                return self._deferred(attempts)
-            attempts += 1
-            outcome, began = None, trio.current_time()
+            await self._take_place()
             try:
-                outcome = await self._attempt(handler, envelope, attempts, started)
+                started = min(started, trio.current_time())
+                if self._retired.is_set():
+                    return Moved(attempts)
+                if trio.current_time() - started >= self._deadline:
+                    return Undelivered(reason, attempts)
+                if not self._may_attempt():
+                    raise NotOwner(self.name)
+                ticket = self.breaker.admit()
+                if ticket is None:
+                    return self._deferred(attempts)
+                attempts += 1
+                outcome = await self._attempt(handler, envelope, attempts, started, ticket)
             finally:
-                self._measure(ticket, outcome, began)
+                self._give_place()
             if isinstance(outcome, Ack):
                 return Delivered(outcome, attempts)
             if isinstance(outcome, Unreadable):
@@ -230,6 +235,7 @@ class Service:
             self.statistics.failures += 1
             if isinstance(outcome, Reject):
                 return Rejected(outcome.reason, attempts)
+            reason = outcome.reason
             if outcome.after is None:
                 counted += 1
                 if self.breaker.state is not BreakerState.CLOSED:
@@ -239,9 +245,26 @@ class Service:
             if wait is None or (outcome.after is None and not self._budget.spend()):
                 asked = outcome.after
                 put_off = None if asked is None else self._policy.put_off(asked)
-                return Undelivered(outcome.reason, attempts, put_off)
+                return Undelivered(reason, attempts, put_off)
             with trio.move_on_after(wait):
                 await self._retired.wait()
+
+    async def _take_place(self) -> None:
+        """A place for one attempt: no more run at once than the limit, and who waits has its turn."""
+        if self._running < self.concurrency.limit and not self._waiting_lanes:
+            self._running += 1
+        elif not self._retired.is_set():
+            await self._waiting_lanes.park()  # whoever wakes it has counted it
+        else:
+            self._running += 1
+
+    def _give_place(self) -> None:
+        self._running -= 1
+        free = self.concurrency.limit - self._running
+        if free > 0 and self._waiting_lanes:
+            count = min(free, len(self._waiting_lanes))
+            self._running += count
+            self._waiting_lanes.unpark(count=count)
 
     def _measure(self, ticket: int, outcome: Outcome | Unreadable | None, began: float) -> None:
         now = trio.current_time()
@@ -257,15 +280,22 @@ class Service:
         return Deferred(f"the service is left alone for a while: {self.breaker.reason}", attempts)
 
     async def _attempt(
-        self, handler: Handler, envelope: Envelope, attempt: int, started: float
+        self, handler: Handler, envelope: Envelope, attempt: int, started: float, ticket: int
     ) -> Ack | Retry | Reject | Unreadable:
         self.statistics.attempts += 1
         if attempt > 1:
             envelope = replace(envelope, attempt=attempt, redelivered=True)
-        left = self._deadline - (trio.current_time() - started)
-        with trio.move_on_after(min(self._timeout, left)):
-            return await handler.attempt(envelope)
-        return TimedOut(reason=f"no answer within {self._timeout:g} s")
+        began = trio.current_time()
+        outcome: Ack | Retry | Reject | Unreadable | None = None
+        try:
+            with trio.move_on_after(min(self._timeout, self._deadline - (began - started))) as bound:
+                outcome = await handler.attempt(envelope)
+            if outcome is None:
+                assert bound.cancelled_caught
+                outcome = TimedOut(reason=f"no answer within {self._timeout:g} s")
+            return outcome
+        finally:
+            self._measure(ticket, outcome, began)
 
 
 def verdict(outcome: Outcome | Unreadable | None) -> tuple[bool | None, str]:

@@ -23,7 +23,7 @@ from .messages import (
     Turn,
 )
 from .ports import Clock, Route, RoutePolicy
-from .service import Deferred, Deliver, Delivered, Moved, Rejected, Result, Service, Undelivered
+from .service import Deferred, Deliver, Delivered, Moved, Rejected, Result, Service, Undelivered, Unserved
 
 
 class Conversations(Protocol):
@@ -163,11 +163,11 @@ class SessionActor:
             )
         return session
 
-    async def _deliver(self, item: Item, session: Session, domain: str) -> Result | str | None:
-        """The service's result; a string when nobody serves the domain; None when parked."""
+    async def _deliver(self, item: Item, session: Session, domain: str) -> Result | None:
+        """The service's result; None when parked."""
         service = self._services.get(domain)
         if service is None:
-            return _no_service(domain)
+            return _unserved(domain)
         if service.paused:
             return Deferred("the service is paused")
         if item.dead_letter is None:  # a letter has a place of its own
@@ -201,7 +201,7 @@ class SessionActor:
         if isinstance(result, Moved):
             result = await self._move(envelope, domain, result.attempts)
         if isinstance(result, Undelivered | Deferred) and domain not in self._services:
-            return _no_service(domain)
+            return _unserved(domain, result.attempts)
         return result
 
     async def _move(self, envelope: Envelope, domain: str, attempts: int) -> Result:
@@ -219,9 +219,7 @@ class SessionActor:
             attempts += result.attempts
         return Deferred("the service is paused", attempts)
 
-    def _completion(
-        self, item: Item, session: Session, domain: str, rule: str, result: Result | str
-    ) -> Completion:
+    def _completion(self, item: Item, session: Session, domain: str, rule: str, result: Result) -> Completion:
         place, attempts, letter = Place.DEAD_LETTER, 0, None
         replies: tuple[JsonObject, ...] = ()
         unreadable = False
@@ -229,9 +227,10 @@ class SessionActor:
         after = session
         if session.active_service != domain and item.dead_letter is None:
             after = replace(session, active_service=domain, state={}, version=self._next_version())
-        if isinstance(result, str):
+        if isinstance(result, Unserved):
+            attempts = result.attempts
             letter = DeadLetter(
-                status="pending", resolution="no_service", error=result, retry_in=None, counted=False
+                status="pending", resolution="no_service", error=result.reason, retry_in=None, counted=False
             )
             after = session
         elif isinstance(result, Delivered):
@@ -300,5 +299,5 @@ class SessionActor:
         )
 
 
-def _no_service(domain: str) -> str:
-    return f"no service for domain {domain!r}"
+def _unserved(domain: str, attempts: int = 0) -> Unserved:
+    return Unserved(f"no service for domain {domain!r}", attempts)

@@ -15,10 +15,11 @@ COMMENT ON TABLE service_versions IS
     'definition: settings as in [services.NAME] of postroom.toml; what it does not name is as the file has it';
 CREATE TRIGGER service_versions_is_only_added_to BEFORE UPDATE OR DELETE OR TRUNCATE ON service_versions
     FOR EACH STATEMENT EXECUTE FUNCTION postroom_refuse_change();
+ALTER TABLE service_versions ENABLE ALWAYS TRIGGER service_versions_is_only_added_to;
 
 CREATE TABLE service_secrets (
     service      text PRIMARY KEY,
-    secret       text,
+    secret       text CHECK (secret LIKE 'whsec\_%'),
     token_sha256 text CHECK (token_sha256 ~ '^[0-9a-f]{64}$'),
     updated_at   timestamptz NOT NULL,
     updated_by   text NOT NULL

@@ -164,7 +164,10 @@ def read_service(name: str, definition: Mapping[str, Any], report: Report) -> di
             report(Problem(dotted("services", name, key), "does not belong into a definition", fix))
     while True:
         try:
-            return ServiceTable.model_validate(given).model_dump(include=set(given))
+            values = ServiceTable.model_validate(given).model_dump(include=set(given))
+            if values.get("timeout_ms", 0) is None:
+                del values["timeout_ms"]  # as if it were not named
+            return values
         except ValidationError as error:
             for found in error.errors(include_input=False, include_url=False, include_context=False):
                 keys = ("services", name, *(str(key) for key in found["loc"]))

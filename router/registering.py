@@ -89,8 +89,9 @@ async def change_service(
     """
     known = await known_services(operations)
     registry = known.registry
+    used = registry.services.get(name)
     before = known.newest.get(name, ServiceVersion(service=name, version=0, state="active", definition={}))
-    version = replace(change(before, registry.services.get(name)), version=before.version + 1)
+    version = replace(change(before, used), version=before.version + 1)
     found = with_version(operations.config, registry.services, version, known.credentials.get(name))
     if isinstance(found, Unusable):
         raise CannotChange(found.problems)
@@ -111,10 +112,12 @@ async def change_service(
 def with_settings(given: Mapping[str, Any], dropped: frozenset[str]) -> Change:
     """Those settings are given another value, or dropped: they are as the file has them then."""
 
-    def change(before: ServiceVersion, _: ServiceConfig | None) -> ServiceVersion:
+    def change(before: ServiceVersion, service: ServiceConfig | None) -> ServiceVersion:
         definition = dict(before.definition) if isinstance(before.definition, Mapping) else {}
         kept = {key: value for key, value in definition.items() if key not in dropped}
         state = "active" if before.state == REMOVED else before.state
+        if before.version == 0 and service is not None:
+            state = service.state  # as the file has it
         return replace(before, definition=kept | dict(given), state=state)
 
     return change

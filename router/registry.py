@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from router.config import URL_FIELDS, Config, Problem, ServiceConfig
-from router.config_rules import dotted, find_problems
+from router.config_rules import dotted, find_problems, secret_problem
 from router.domains import KEYWORDS, canonical_domain, chosen_words
 from router.json_text import parse
 
@@ -31,6 +32,7 @@ class ServiceVersion:
     version: int
     state: str
     definition: object
+    created_at: datetime = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True)
 class Unusable:
-    """A version that cannot be used, and all that is wrong with it."""
+    """A version that cannot be used, and all that is wrong with it; version 0: the service's secret."""
 
     service: str
     version: int
@@ -68,7 +70,11 @@ def version_of(row: Mapping[str, Any]) -> ServiceVersion:
     except ValueError:
         definition = None
     return ServiceVersion(
-        service=row["service"], version=row["version"], state=row["state"], definition=definition
+        service=row["service"],
+        version=row["version"],
+        state=row["state"],
+        definition=definition,
+        created_at=row["created_at"],
     )
 
 
@@ -80,22 +86,83 @@ def credentials_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Credentials]:
 def registry_of(
     config: Config, versions: Iterable[ServiceVersion], credentials: Mapping[str, Credentials]
 ) -> Registry:
-    """`versions` newest first for each service; the services of `config` are those of the file."""
+    """`versions` newest first for each service; the services of `config` are those of the file. The newest
+    versions of all services are looked at together: each was made beside the others.
+    """
+    unusable: list[Unusable] = []
+    credentials = {name: _checked(name, given, unusable) for name, given in credentials.items()}
+    history: dict[str, list[ServiceVersion]] = {}
+    for version in versions:
+        history.setdefault(version.service, []).append(version)
+    known = set(find_problems(config))
+    while True:
+        services = _services_of(config, history, credentials, known, unusable)
+        problems = _problems_of(config, services, known)
+        if not problems:
+            used = {name: versions[0].version for name, versions in history.items() if versions}
+            return Registry(services, used, tuple(unusable))
+        # Passed over is the one without which the fewest are left, of several the last that was made.
+        newest_first = sorted(
+            (versions[0] for versions in history.values() if versions),
+            key=lambda one: (one.created_at, one.service),
+            reverse=True,
+        )
+        left = {
+            one.service: len(_problems_of(config, _without(config, history, one, credentials, known), known))
+            for one in newest_first
+        }
+        culprit = min(newest_first, key=lambda one: left[one.service])
+        history[culprit.service].pop(0)
+        unusable.append(Unusable(culprit.service, culprit.version, tuple(problems)))
+
+
+def _services_of(
+    config: Config,
+    history: dict[str, list[ServiceVersion]],
+    credentials: Mapping[str, Credentials],
+    known: set[Problem],
+    unusable: list[Unusable],
+) -> dict[str, ServiceConfig]:
+    """The services with the newest version of each that can be read; those before it are taken out of
+    `history`.
+    """
     services = {
         name: _with_credentials(service, credentials.get(name)) for name, service in config.services.items()
     }
-    used: dict[str, int] = {}
-    unusable: list[Unusable] = []
-    for version in versions:
-        if version.service in used:
-            continue
-        found = with_version(config, services, version, credentials.get(version.service))
-        if isinstance(found, Unusable):
-            unusable.append(found)
-        else:
-            services = found
-            used[version.service] = version.version
-    return Registry(services, used, tuple(unusable))
+    for name, versions in history.items():
+        while versions:
+            problems: list[Problem] = []
+            changed = _changed(config, services, versions[0], credentials.get(name), problems.append)
+            if not problems:
+                services = changed
+                break
+            problems += _problems_of(config, changed, {*known, *problems})
+            unusable.append(Unusable(name, versions.pop(0).version, tuple(problems)))
+    return services
+
+
+def _without(
+    config: Config,
+    history: Mapping[str, list[ServiceVersion]],
+    one: ServiceVersion,
+    credentials: Mapping[str, Credentials],
+    known: set[Problem],
+) -> dict[str, ServiceConfig]:
+    rest = {name: versions[name == one.service :] for name, versions in history.items()}
+    return _services_of(config, rest, credentials, known, [])
+
+
+def _problems_of(config: Config, services: Mapping[str, ServiceConfig], known: set[Problem]) -> list[Problem]:
+    return [one for one in find_problems(replace(config, services=services)) if one not in known]
+
+
+def _checked(name: str, given: Credentials, unusable: list[Unusable]) -> Credentials:
+    wrong = None if given.secret is None else secret_problem(given.secret)
+    if wrong is None:
+        return given
+    problem = Problem(dotted("services", name, "secret"), wrong, "make one with: postroom services secret")
+    unusable.append(Unusable(name, 0, (problem,)))
+    return replace(given, secret=None)
 
 
 def with_version(
@@ -105,22 +172,30 @@ def with_version(
     credentials: Credentials | None,
 ) -> dict[str, ServiceConfig] | Unusable:
     """`services` with this version of one, or why it cannot be used."""
+    problems: list[Problem] = []
+    changed = _changed(config, services, version, credentials, problems.append)
+    known = {*problems, *find_problems(replace(config, services=services))}
+    problems += _problems_of(config, changed, known)
+    return Unusable(version.service, version.version, tuple(problems)) if problems else changed
+
+
+def _changed(
+    config: Config,
+    services: Mapping[str, ServiceConfig],
+    version: ServiceVersion,
+    credentials: Credentials | None,
+    report: Report,
+) -> dict[str, ServiceConfig]:
     name = version.service
     changed = dict(services)
-    problems: list[Problem] = []
     if name != canonical_domain(name):
         fix = f"change {canonical_domain(name)} instead"
-        problems.append(
-            Problem(dotted("services", name), f"is another name of {canonical_domain(name)}", fix)
-        )
+        report(Problem(dotted("services", name), f"is another name of {canonical_domain(name)}", fix))
     elif version.state == REMOVED:
         changed.pop(name, None)
     else:
-        changed[name] = _layered(config, version, credentials, problems.append)
-    if name == canonical_domain(name):
-        known = set(find_problems(replace(config, services=services)))
-        problems += (one for one in find_problems(replace(config, services=changed)) if one not in known)
-    return Unusable(name, version.version, tuple(problems)) if problems else changed
+        changed[name] = _layered(config, version, credentials, report)
+    return changed
 
 
 def _layered(

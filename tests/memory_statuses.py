@@ -17,7 +17,7 @@ _START = datetime(2030, 1, 1, tzinfo=UTC)
 
 
 class MemoryStatuses:
-    """`happened` queues a status, when its service has subscribed; `fail(n)`: the next n calls find it away."""
+    """`happened` queues a status if its service has subscribed; `fail(n)`: the next n calls find it away."""
 
     def __init__(self, *, clock: Callable[[], datetime] = lambda: _START) -> None:
         self._clock = clock

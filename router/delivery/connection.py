@@ -20,7 +20,8 @@ from .guard import refusal
 MAX_ANSWER_BYTES = 1_048_576
 MAX_HEAD_BYTES = 65_536  # of an answer, interim ones before it included
 MAX_AGE = 60.0
-"""Seconds after which a connection is made anew: where a name resolves to something else, that is followed."""
+"""Seconds after which a connection is made anew: where a name resolves to something else, that is followed.
+"""
 _READ_SIZE = 65_536
 
 

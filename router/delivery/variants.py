@@ -7,17 +7,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 
 from actors.breaker import Breaker
-from actors.messages import Ack, Envelope, Outcome, Reject
+from actors.messages import Envelope, Outcome, Retry
 from actors.ports import Handler, Unreadable
 from actors.service import OpenLane, verdict
+from router.observe.logs import get_logger
+
+_log = get_logger("postroom.delivery")
 
 _COPIES = 16  # that wait for the shadow's answer to the one before, for each lane; more are not sent
-_WHOLE = 0.99  # of the time that an attempt has: what was broken off later than that had no answer in time
+_SHARE_OF_TIME = 0.5  # of an attempt that a canary has: the rest is for the stable URL, should it need it
 
 
 def is_in_share(key: str, share: float, domain: str) -> bool:
@@ -37,8 +40,9 @@ class CanaryStatistics:
 
 
 class Canary:
-    """While its breaker is not closed, its conversations are with the stable URL: a canary that fails costs
-    them a few attempts. `timeout` seconds bound one.
+    """What it fails at, or does not answer in half of the `timeout` seconds that an attempt has, goes to the
+    stable URL in the same attempt; while its breaker is not closed its conversations are there. So it says
+    nothing about the service.
     """
 
     def __init__(
@@ -49,7 +53,7 @@ class Canary:
         self._domain = domain
         self._share = share
         self._open_lane = open_lane
-        self._timeout = timeout
+        self._patience = timeout * _SHARE_OF_TIME
 
     def beside(self, stable: OpenLane) -> OpenLane:
         """Lanes to both."""
@@ -65,20 +69,21 @@ class Canary:
         """A ticket of the breaker, when the conversation is for the canary and it may be tried."""
         return self.breaker.admit() if is_in_share(key, self._share, self._domain) else None
 
-    async def attempt(self, ticket: int, canary: Handler, envelope: Envelope) -> Outcome | Unreadable:
+    async def attempt(self, ticket: int, canary: Handler, envelope: Envelope) -> Outcome | Unreadable | None:
+        """None: it failed."""
         began = trio.current_time()
         outcome: Outcome | Unreadable | None = None
         self.statistics.attempts += 1
         try:
-            outcome = await canary.attempt(envelope)
-            return outcome
+            with trio.move_on_after(self._patience) as bound:
+                outcome = await canary.attempt(envelope)
+            if bound.cancelled_caught:
+                outcome = Retry(reason=f"no answer within {self._patience:g} s")
         finally:
-            took = trio.current_time() - began
             succeeded, reason = verdict(outcome)
-            if outcome is None and took >= self._timeout * _WHOLE:
-                succeeded, reason = False, f"no answer within {self._timeout:g} s"
-            self.breaker.record(ticket, succeeded, reason, seconds=took)
+            self.breaker.record(ticket, succeeded, reason, seconds=trio.current_time() - began)
             self.statistics.failures += succeeded is False
+        return None if succeeded is False else outcome
 
 
 class _CanaryLane:
@@ -89,9 +94,12 @@ class _CanaryLane:
 
     async def attempt(self, envelope: Envelope) -> Outcome | Unreadable:
         ticket = self._canary.admit(envelope.session.key)
-        if ticket is None:
-            return await self._stable.attempt(envelope)
-        return await self._canary.attempt(ticket, self._handler, envelope)
+        if ticket is not None:
+            outcome = await self._canary.attempt(ticket, self._handler, envelope)
+            if outcome is not None:
+                return outcome
+            envelope = replace(envelope, redelivered=True)
+        return await self._stable.attempt(envelope)
 
 
 @dataclass(slots=True)
@@ -141,10 +149,13 @@ class Shadow:
         async with self._open_lane() as shadow:
             async for envelope in envelopes:
                 self.statistics.copies += 1
-                outcome: Outcome | Unreadable | None = None
-                with trio.move_on_after(self._timeout):
-                    outcome = await shadow.attempt(envelope)
-                self.statistics.failures += not isinstance(outcome, Ack | Reject)
+                outcome: Outcome | Unreadable = Retry()
+                try:
+                    with trio.move_on_after(self._timeout):
+                        outcome = await shadow.attempt(envelope)
+                except Exception as error:  # nothing that happens here is the service's business
+                    _log.exception("a copy failed", service=self._domain, exc_info=error)
+                self.statistics.failures += isinstance(outcome, Retry)
 
 
 class _ShadowLane:

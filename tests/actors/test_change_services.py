@@ -10,7 +10,6 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
 
-import pytest
 import trio
 import trio.testing
 from doubles import START, Counterpart, MemoryJournal, delivery, incoming, service_spec, tree_spec
@@ -401,7 +400,6 @@ async def test_what_is_deferred_when_one_is_removed_waits_on(autojump_clock: Clo
     office.assert_all_told_once()
 
 
-@pytest.mark.xfail(strict=True, reason="a letter without a service forgets the attempts that were made")
 async def test_what_was_attempted_when_one_is_removed_is_told_again_as_such(autojump_clock: Clock) -> None:
     office = Office()
     office.rides.script["rides:a0"].append(Retry(after=10.0))

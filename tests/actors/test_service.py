@@ -502,7 +502,6 @@ async def test_deliveries_that_lanes_hold_beyond_the_limit_move_too(autojump_clo
         assert office.counterpart.open_lanes == 0
 
 
-@pytest.mark.xfail(strict=True, reason="retries inside of deliveries do not look at the limit")
 async def test_retries_do_not_run_beyond_the_limit_either(autojump_clock: Clock) -> None:
     office = Office(lanes=8, least=1)
     office.script(*(100.0 for _ in range(24)))
@@ -514,7 +513,6 @@ async def test_retries_do_not_run_beyond_the_limit_either(autojump_clock: Clock)
         assert max(office.counterpart.at_once[8:]) <= 5
 
 
-@pytest.mark.xfail(strict=True, reason="what lanes hold beyond the limit loses against what comes later")
 async def test_what_lanes_hold_beyond_the_limit_has_its_turn_before_what_comes_later(
     autojump_clock: Clock,
 ) -> None:

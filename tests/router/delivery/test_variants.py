@@ -116,24 +116,26 @@ class TestCanary:
         pair.other.script["a"].extend(Retry(reason="down") for _ in range(3))
         async with pair.lane() as lane:
             for _ in range(2):
-                assert await lane.attempt(envelope(IN_SHARE)) == Retry(reason="down")
+                assert await lane.attempt(envelope(IN_SHARE)) == Ack()
+            assert [one.redelivered for one in pair.stable.seen] == [True, True]
             assert pair.breaker.state is BreakerState.OPEN
             assert pair.breaker.reason == "down"
             for _ in range(5):
                 assert await lane.attempt(envelope(IN_SHARE)) == Ack()
-            assert (len(pair.other.seen), len(pair.stable.seen)) == (2, 5)
+            assert (len(pair.other.seen), len(pair.stable.seen)) == (2, 7)
+            assert not pair.stable.seen[-1].redelivered
 
             await trio.sleep(1)
             assert await lane.attempt(envelope(OUTSIDE)) == Ack()  # says nothing about it
             assert pair.breaker.state is BreakerState.OPEN
-            assert await lane.attempt(envelope(IN_SHARE)) == Retry(reason="down")
             assert await lane.attempt(envelope(IN_SHARE)) == Ack()
-            assert (len(pair.other.seen), len(pair.stable.seen)) == (3, 7)
+            assert await lane.attempt(envelope(IN_SHARE)) == Ack()
+            assert (len(pair.other.seen), len(pair.stable.seen)) == (3, 10)
 
             await trio.sleep(2)
             for _ in range(5):
                 assert await lane.attempt(envelope(IN_SHARE)) == Ack()
-            assert (len(pair.other.seen), len(pair.stable.seen)) == (8, 7)
+            assert (len(pair.other.seen), len(pair.stable.seen)) == (8, 10)
         assert pair.states == ["open", "half-open", "open", "half-open", "closed"]
         assert pair.counted == (8, 3)
 
@@ -147,7 +149,7 @@ class TestCanary:
             for _ in range(3):
                 nursery.start_soon(lane.attempt, envelope(IN_SHARE))
             await trio.sleep(1)
-            assert (len(pair.other.seen), len(pair.stable.seen)) == (3, 2)
+            assert (len(pair.other.seen), len(pair.stable.seen)) == (3, 4)
 
     @each("outcome", [Ack(), Reject("no"), Unreadable("?"), Retry(after=1.0)])
     async def test_whoever_answers_is_well(self, autojump_clock: Clock, outcome: object) -> None:
@@ -164,20 +166,20 @@ class TestCanary:
         pair.other.script["a"].extend([100.0] * 2)
         async with pair.lane() as lane:
             for _ in range(2):
-                with trio.move_on_after(4.0):
-                    await lane.attempt(envelope(IN_SHARE))
+                assert await lane.attempt(envelope(IN_SHARE)) == Ack()
+            assert trio.current_time() == pytest.approx(4.0)  # it has half of the time of an attempt
             assert pair.breaker.state is BreakerState.OPEN
-            assert pair.breaker.reason == "no answer within 4 s"
+            assert pair.breaker.reason == "no answer within 2 s"
             assert await lane.attempt(envelope(IN_SHARE)) == Ack()
         assert pair.counted == (2, 2)
-        assert len(pair.stable.seen) == 1
+        assert len(pair.stable.seen) == 3
 
     async def test_one_that_was_broken_off_earlier_says_nothing(self, autojump_clock: Clock) -> None:
         pair = Pair()
         pair.other.script["a"].extend([100.0] * 5)
         async with pair.lane() as lane:
             for _ in range(5):
-                with trio.move_on_after(3.0):
+                with trio.move_on_after(1.5):
                     await lane.attempt(envelope(IN_SHARE))
         assert pair.states == []
         assert pair.counted == (5, 0)
@@ -191,9 +193,6 @@ class TestCanary:
         assert pair.counted == (1, 0)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="its failures open the breaker of the service, too, in step with its own"
-)
 async def test_a_canary_that_fails_does_not_keep_its_conversations_from_the_stable_one(
     autojump_clock: Clock,
 ) -> None:
@@ -332,7 +331,6 @@ class TestShadow:
             assert (both.usual.open_lanes, both.other.open_lanes) == (0, 0)
 
 
-@pytest.mark.xfail(strict=True, reason="a lane of the shadow that crashes takes the lane beside it along")
 async def test_a_bug_in_the_shadows_lane_changes_nothing() -> None:
     both = Beside()
     both.usual.takes = 0.0
