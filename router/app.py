@@ -170,6 +170,7 @@ class Router:
             self._handlers,
             open_http_lane=self._open_http_lane,
             retry=retry,
+            clock=clock,
             on_breaker=_report_breaker,
         )
         self._owner = Owner(

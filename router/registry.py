@@ -53,13 +53,24 @@ class Unusable:
 
 
 @dataclass(frozen=True, slots=True)
+class Closed:
+    """A service that is draining or was removed, as it would be otherwise, and since when: a message that was
+    accepted before goes where it would have gone.
+    """
+
+    service: ServiceConfig
+    since: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class Registry:
     """The services by name, in the order that breaks ties; the version that each has, none for one that is as
-    the file has it; and the versions that are newer and unusable.
+    the file has it; those that were closed since; and the versions that are newer and unusable.
     """
 
     services: Mapping[str, ServiceConfig]
     versions: Mapping[str, int]
+    closed: Mapping[str, Closed]
     unusable: tuple[Unusable, ...]
 
 
@@ -99,8 +110,14 @@ def registry_of(
         services = _services_of(config, history, credentials, known, unusable)
         problems = _problems_of(config, services, known)
         if not problems:
-            used = {name: versions[0].version for name, versions in history.items() if versions}
-            return Registry(services, used, tuple(unusable))
+            used = {name: versions[0] for name, versions in history.items() if versions}
+            closed = {
+                name: Closed(_opened(config, version, credentials.get(name)), version.created_at)
+                for name, version in used.items()
+                if version.state in (REMOVED, "draining")
+            }
+            numbers = {name: version.version for name, version in used.items()}
+            return Registry(services, numbers, closed, tuple(unusable))
         # Passed over is the one without which the fewest are left, of several the last that was made.
         newest_first = sorted(
             (versions[0] for versions in history.values() if versions),
@@ -114,6 +131,10 @@ def registry_of(
         culprit = min(newest_first, key=lambda one: left[one.service])
         history[culprit.service].pop(0)
         unusable.append(Unusable(culprit.service, culprit.version, tuple(problems)))
+
+
+def _opened(config: Config, version: ServiceVersion, credentials: Credentials | None) -> ServiceConfig:
+    return _layered(config, replace(version, state="active"), credentials, lambda problem: None)
 
 
 def _services_of(

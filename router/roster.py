@@ -14,7 +14,7 @@ import trio
 from actors.breaker import Breaker, Trips
 from actors.histogram import HistogramSnapshot
 from actors.messages import Item, Session
-from actors.ports import RetryPolicy, Route
+from actors.ports import Clock, RetryPolicy, Route
 from actors.service import OpenLane, Service
 from actors.services import ServiceSpec
 from router.config import Config, ServiceConfig
@@ -25,7 +25,7 @@ from router.delivery.in_process import HandlerFunction
 from router.delivery.variants import Canary, Shadow, ShadowStatistics
 from router.home_menu import HomeMenu
 from router.observe.logs import get_logger
-from router.registry import Credentials, Registry, ServiceVersion, registry_of
+from router.registry import Closed, Credentials, Registry, ServiceVersion, registry_of
 from router.retry import REDELIVERY
 from router.routing import Routes
 
@@ -96,6 +96,7 @@ class Roster:
         *,
         open_http_lane: OpenHttpLane,
         retry: RetryPolicy,
+        clock: Clock,
         on_breaker: Callable[[str, Breaker], None],
     ) -> None:
         self.attached: dict[str, AttachedService] = {}
@@ -105,6 +106,7 @@ class Roster:
         self._handlers = handlers
         self._open_http_lane = open_http_lane
         self._retry = retry
+        self._clock = clock
         self._on_breaker = on_breaker
         self._versions: tuple[ServiceVersion, ...] = ()
         self._credentials: Mapping[str, Credentials] = {}
@@ -113,12 +115,29 @@ class Roster:
         self._changed = trio.Event()
         self.registry = registry_of(config, (), {})
         self._routes = Routes(config.routing, self.registry.services)
+        self._closed: Mapping[str, Closed] = {}
+        self._taken_out: dict[str, Closed] = {}  # of the configuration, when it was read again
+        self._earlier: dict[frozenset[str], Routes] = {}  # by the services that were open still
         self._follow(self.registry)
 
     # What the router asks
 
     def decide(self, item: Item, session: Session) -> Route:
+        if self._closed:
+            was_open = frozenset(
+                name for name, closed in self._closed.items() if item.received_at < closed.since
+            )
+            if was_open:
+                return self._routes_with(was_open).decide(item, session)
         return self._routes.decide(item, session)
+
+    def _routes_with(self, was_open: frozenset[str]) -> Routes:
+        """As they were for a message that was accepted before these were closed."""
+        routes = self._earlier.get(was_open)
+        if routes is None:
+            services = dict(self.registry.services) | {name: self._closed[name].service for name in was_open}
+            routes = self._earlier[was_open] = Routes(self._config.routing, services, self._routes.menu)
+        return routes
 
     def specs(self) -> Iterable[ServiceSpec]:
         return [reached.spec for reached in self._reached.values()]
@@ -128,6 +147,7 @@ class Roster:
 
     def use_menu(self, menu: HomeMenu) -> None:
         self._routes.menu = menu
+        self._earlier.clear()
 
     async def until_changed(self) -> None:
         """Return when `use` or `reload` has changed something."""
@@ -171,6 +191,12 @@ class Roster:
     def reload(self, config: Config) -> bool:
         """What the configuration file says now of services and routing; whether that changes anything."""
         changed = config.routing != self._config.routing
+        now, before = self._clock(), self._config.services
+        for name in before.keys() | config.services.keys():
+            if name in config.services:
+                self._taken_out.pop(name, None)
+            elif name in self.registry.services:
+                self._taken_out[name] = Closed(before[name], now)
         self._config = config
         return self._apply(changed)
 
@@ -184,7 +210,7 @@ class Roster:
                     "a version cannot be used", service=one.service, version=one.version, problems=problems
                 )
         before, self.registry = self.registry, registry
-        if not changed and registry.services == before.services:
+        if not changed and (registry.services, registry.closed) == (before.services, before.closed):
             return False
         for name in sorted(before.services.keys() | registry.services.keys()):
             if before.services.get(name) != registry.services.get(name):
@@ -193,6 +219,10 @@ class Roster:
                 version = registry.versions.get(name, 0)
                 _log.info("a service has changed", service=name, state=state, version=version)
         self._routes = Routes(self._config.routing, registry.services, self._routes.menu)
+        self._closed = {
+            name: closed for name, closed in self._taken_out.items() if name not in registry.services
+        } | dict(registry.closed)
+        self._earlier.clear()
         self._follow(registry)
         self._changed.set()
         self._changed = trio.Event()
