@@ -479,6 +479,8 @@ class Load:
         rate: float = 150.0,
         connections: int = 32,
         faults: Faults | None = None,
+        texts: Mapping[str, Sequence[str]] = TEXTS,
+        numbers: Sequence[str] = NUMBERS,
     ) -> None:
         self.urls: list[str] = []
         self._ledger = ledger
@@ -486,9 +488,9 @@ class Load:
         self._connections = connections
         self.population = Population(
             phones,
-            NUMBERS,
+            numbers,
             Random(seed),
-            TEXTS,
+            texts,
             unnumbered_share=0.05,
             longest_pause=0.5,
             kinds=0.0 if faults is None else "all",
@@ -516,7 +518,8 @@ class Load:
 
     def rest(self) -> None:
         """Send nothing until `go_on`: a backlog is caught up with on a machine of any speed."""
-        self._going = trio.Event()
+        if self._going.is_set():
+            self._going = trio.Event()
 
     def go_on(self) -> None:
         self._going.set()
