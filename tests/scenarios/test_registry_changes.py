@@ -414,10 +414,6 @@ async def drained_and_removed(home: Path, *, seconds: float, phones: int, rate: 
 
 
 @pytest.mark.acceptance
-@pytest.mark.xfail(
-    strict=True,
-    reason="what stands in line for a service, or is still in the journal, is decided anew: it gets the menu",
-)
 async def test_what_stands_in_line_for_a_removed_service_waits_for_it(home: Path) -> None:
     async with open_stage(home, seed=49, judged=False) as stage:
         first = stage.first
