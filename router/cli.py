@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import gc
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -34,6 +35,9 @@ from router.erase import erase
 from router.events import events
 from router.jobs import jobs, settings
 from router.services import services
+
+if TYPE_CHECKING:
+    from router.operations import Operations
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -159,18 +163,21 @@ def migrate(config: Config, dry_run: bool, as_json: bool) -> None:
 @main.command()
 @click.option("--text", help="The text of a message.")
 @click.option("--active-service", help="The service that the conversation is with.")
-@click.option("--config", "config_file", type=click.Path(path_type=Path), help="postroom.toml to read.")
-def explain(text: str | None, active_service: str | None, config_file: Path | None) -> None:
+@click.option("--live", is_flag=True, help="With services as the routers on the database have them now.")
+@with_config
+def explain(config: Config, text: str | None, active_service: str | None, live: bool) -> None:
     """Print where a message would be routed, by which rule, and why.
 
-    Without --text a body as Meta sends it, or one message object, is read from standard input.
+    Without --text a body as Meta sends it, or one message object, is read from standard input. Services are
+    those of postroom.toml; with --live also as they were changed since.
 
     \b
     Example:   postroom explain --text "taxi please" --active-service wallet
     """
     from router.explain import ExplainError, explain_all
 
-    config = load(config_file=config_file, need_secrets=False)
+    if live:
+        config = operate(config, _with_services_of_now)
     payload = sys.stdin.buffer.read() if text is None else None
     try:
         decisions = explain_all(config, text=text, payload=payload, active_service=active_service)
@@ -178,6 +185,13 @@ def explain(text: str | None, active_service: str | None, config_file: Path | No
         raise click.UsageError(str(error)) from None
     for decision in decisions:
         print_json(decision)
+
+
+async def _with_services_of_now(operations: Operations) -> Config:
+    from router.registering import known_services
+
+    registry = (await known_services(operations)).registry
+    return replace(operations.config, services=registry.services)
 
 
 @main.command()

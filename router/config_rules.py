@@ -137,6 +137,7 @@ def _app_secrets(app: AppConfig) -> Iterator[Problem]:
 
 def _services(config: Config) -> Iterator[Problem]:
     timeout_is_inherited = []
+    owners: dict[str, str] = {}  # of tokens
     for key, service in config.services.items():
         at = dotted("services", key)
         if not _DOMAIN_NAME.fullmatch(key) or key in ACTIONS or key != canonical_domain(service.name):
@@ -161,6 +162,11 @@ def _services(config: Config) -> Iterator[Problem]:
                 f"{at}.token_env",
                 "has characters that no token has",
                 "use letters, digits and . _ ~ + / - only, as `openssl rand -hex 32` prints",
+            )
+        credential = service.credential
+        if credential is not None and (owner := owners.setdefault(credential, key)) != key:
+            yield Problem(
+                f"{at}.token_env", f"is the token of {owner}, too", "give each service a token of its own"
             )
         if not 1 <= service.breaker_failures <= 1_000_000:
             yield Problem(

@@ -525,6 +525,11 @@ def test_the_shipped_example_is_complete_and_has_the_defaults(tmp_path: Path) ->
             {"JOBS_TOKEN": "a b"},
             "services.jobs.token_env: has characters that no token",
         ),
+        (
+            "token_env = 'JOBS_TOKEN'\n[services.rides]\ntoken_env = 'JOBS_TOKEN'",
+            {"JOBS_TOKEN": "b7c1f0"},
+            "services.rides.token_env: is the token of jobs, too; fix: give each service",
+        ),
     ],
 )
 def test_the_token_of_a_service_is_there_and_fit_for_a_header(
