@@ -170,8 +170,9 @@ def text(value: str) -> str:
 
 
 def completion_arguments(completions: Sequence[Completion], now: datetime, reply_status: str) -> list[Any]:
-    """postroom_complete's arguments from c_seq on. Of several changes of a session the last one counts; of an
-    item that is there twice, as one that was delivered again after a crash in here, the first."""
+    """postroom_complete's arguments from p_done on. Of several changes of a session the last one counts; of
+    an item that is there twice, as one that was delivered again after a crash in here, the first.
+    """
     done: list[tuple[Any, ...]] = []
     replies: list[tuple[Any, ...]] = []
     letters: list[tuple[Any, ...]] = []
@@ -231,8 +232,8 @@ def completion_arguments(completions: Sequence[Completion], now: datetime, reply
             )
     changes = [session_arguments(key, session) for key, session in sorted(sessions.items())]
     return [
-        *_columns(done, 7),
-        *_columns(changes, 7),
+        done,
+        changes,
         *_columns(replies, 8),
         reply_status,
         *_columns(letters, 14),

@@ -24,7 +24,8 @@ SELECT relname AS name FROM pg_class
    AND relname IN ('wa_events', 'whatsapp_messages', 'whatsapp_messages_items', 'message_outcomes', 'user_sessions',
                    'webhook_dlq', 'processed_webhook_messages', 'journal_head', 'leases', 'session_names',
                    'whatsapp_outbox', 'whatsapp_statuses', 'whatsapp_home_menu_items', 'dlq_processing_log',
-                   'wa_dead_letter_queue', 'audit_log', 'system_settings', 'service_metrics')
+                   'wa_dead_letter_queue', 'audit_log', 'system_settings', 'service_metrics', 'service_versions',
+                   'service_secrets', 'status_subscriptions', 'status_deliveries')
  ORDER BY relname;
 
 -- name: make_history

@@ -150,13 +150,11 @@ INSERT INTO user_sessions (session_key, phone_number_id, version, last_interacti
 SELECT 'k' || n, '1', 1, $1, $1 FROM generate_series(0, 4999) n
 """
 _COMPLETE = """
-SELECT postroom_complete($1, $2, 1, '{}', $3::bigint[], array_fill($2::timestamptz, ARRAY[64]),
-                         array_fill('delivered'::text, ARRAY[64]), array_fill('rides'::text, ARRAY[64]),
-                         array_fill('keyword'::text, ARRAY[64]), array_fill(1, ARRAY[64]),
-                         array_fill(false, ARRAY[64]), $4::text[], array_fill('1'::text, ARRAY[64]),
-                         array_fill(NULL::text, ARRAY[64]), array_fill(NULL::text, ARRAY[64]),
-                         array_fill(NULL::text, ARRAY[64]), array_fill('{}'::text, ARRAY[64]),
-                         array_fill(2::bigint, ARRAY[64]), '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}',
-                         'unsent', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}',
-                         '{}', '{}')
+SELECT postroom_complete(
+    $1, $2, 1, '{}',
+    ARRAY(SELECT (seq, $2, 'delivered', 'rides', 'keyword', 1, false)::postroom_done
+            FROM unnest($3::bigint[]) seq),
+    ARRAY(SELECT (key, '1', NULL, NULL, NULL, '{}', 2)::postroom_session FROM unnest($4::text[]) key),
+    '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', 'unsent', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}',
+    '{}', '{}', '{}', '{}', '{}', '{}')
 """
