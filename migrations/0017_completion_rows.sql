@@ -1,5 +1,5 @@
--- Completions come as rows and not as columns: the driver looks at each element of an array before it writes it, and
--- there are two for each message now, where there were fourteen. The function that takes columns stays, for processes of
+-- Completions come as rows and not as columns: the driver looks at each array, and at each element of it, before it
+-- writes them, and there are two elements for each message now, where there were fourteen. The function that takes columns stays, for processes of
 -- the version before; this one is the same but for what it is given.
 
 CREATE TYPE postroom_done AS (
@@ -8,15 +8,20 @@ CREATE TYPE postroom_done AS (
 CREATE TYPE postroom_session AS (
     key text, number text, wa_id text, user_id text, active text, state text, version bigint
 );
+CREATE TYPE postroom_reply AS (
+    seq bigint, ordinal integer, session text, number text, recipient text, service text, payload text,
+    correlation text
+);
+CREATE TYPE postroom_letter AS (
+    seq bigint, received timestamptz, phone text, service text, payload text, error text, status text,
+    resolution text, retry_at timestamptz, message_id text, session text, attempts integer, correlation text,
+    keeps_order boolean
+);
 
 CREATE FUNCTION postroom_complete(
     p_epoch bigint, p_now timestamptz, p_low_water bigint, p_stragglers bigint[],
     p_done postroom_done[], p_sessions postroom_session[],
-    r_seq bigint[], r_ordinal integer[], r_session text[], r_number text[], r_recipient text[], r_service text[],
-    r_payload text[], r_correlation text[], r_status text,
-    d_seq bigint[], d_received timestamptz[], d_phone text[], d_service text[], d_payload text[], d_error text[],
-    d_status text[], d_resolution text[], d_retry_at timestamptz[], d_message_id text[], d_session text[],
-    d_attempts integer[], d_correlation text[], d_keeps_order boolean[]
+    p_replies postroom_reply[], p_reply_status text, p_letters postroom_letter[]
 ) RETURNS integer LANGUAGE plpgsql
 SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
 DECLARE
@@ -41,28 +46,25 @@ BEGIN
       INTO counts FROM completed;
     done := coalesce(counts.seqs, '{}');
 
-    IF cardinality(r_seq) > 0 THEN
+    IF cardinality(p_replies) > 0 THEN
         INSERT INTO whatsapp_outbox (seq, ordinal, session_key, phone_number_id, recipient, service, payload,
                                      status, correlation_id, created_at)
-        SELECT r.seq, r.ordinal, r.session, r.number, r.recipient, r.service, r.payload::jsonb, r_status,
+        SELECT r.seq, r.ordinal, r.session, r.number, r.recipient, r.service, r.payload::jsonb, p_reply_status,
                r.correlation, p_now
-          FROM unnest(r_seq, r_ordinal, r_session, r_number, r_recipient, r_service, r_payload, r_correlation)
+          FROM unnest(p_replies)
                WITH ORDINALITY AS r (seq, ordinal, session, number, recipient, service, payload, correlation, pos)
          WHERE r.seq = ANY (done)
          ORDER BY r.pos;
     END IF;
 
-    IF cardinality(d_seq) > 0 THEN
+    IF cardinality(p_letters) > 0 THEN
         INSERT INTO webhook_dlq (phone_number, service, payload, error_message, status, resolution, next_retry_at,
                                  created_at, updated_at, seq, received_at, message_id, session_key, attempts,
                                  correlation_id, keeps_order)
         SELECT d.phone, d.service, d.payload::jsonb, d.error, d.status, d.resolution, d.retry_at, p_now, p_now,
                d.seq, d.received, d.message_id, d.session, d.attempts, d.correlation,
                d.keeps_order
-          FROM unnest(d_seq, d_received, d_phone, d_service, d_payload, d_error, d_status, d_resolution,
-                      d_retry_at, d_message_id, d_session, d_attempts, d_correlation, d_keeps_order)
-               AS d (seq, received, phone, service, payload, error, status, resolution, retry_at, message_id,
-                     session, attempts, correlation, keeps_order)
+          FROM unnest(p_letters) AS d
          WHERE d.seq = ANY (done);
     END IF;
 

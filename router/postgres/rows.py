@@ -231,13 +231,7 @@ def completion_arguments(completions: Sequence[Completion], now: datetime, reply
                 )
             )
     changes = [session_arguments(key, session) for key, session in sorted(sessions.items())]
-    return [
-        done,
-        changes,
-        *_columns(replies, 8),
-        reply_status,
-        *_columns(letters, 14),
-    ]
+    return [done, changes, replies, reply_status, letters]
 
 
 def session_arguments(key: str, session: Session) -> tuple[Any, ...]:
@@ -281,7 +275,3 @@ def replay_arguments(completion: Completion, now: datetime, reply_status: str) -
         [storable(reply) for reply in completion.replies],
         reply_status,
     ]
-
-
-def _columns(rows: list[tuple[Any, ...]], width: int) -> list[list[Any]]:
-    return [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in range(width)]

@@ -198,30 +198,25 @@ class TestCompletions:
             attempts=3,
             dead_letter=DeadLetter(status="pending", resolution=None, error="no\0 \ud800", retry_in=300.0),
         )
-        columns = rows.completion_arguments([delivered, dead], NOW, "pending")
-        assert len(columns) == 25
-        assert columns[10] == "pending"
-        assert columns[0] == [
+        done, sessions, replies, status, letters = rows.completion_arguments(
+            [delivered, dead], NOW, "pending"
+        )
+        assert status == "pending"
+        assert done == [
             (5, NOW, "delivered", "rides", "keyword", 2, True),
             (6, NOW, "dead_letter", "jobs", "button", 3, False),
         ]
-        assert columns[1] == [("1:250", "1", "250", None, None, '{"a":"\\ufffd"}', 7)]
-        assert columns[2:10] == [
-            [5, 5],
-            [1, 2],
-            ["1:250"] * 2,
-            ["1"] * 2,
-            ["250"] * 2,
-            ["rides"] * 2,
-            ['{"type":"text"}', '{"x":"\\ufffd"}'],
-            ["c-1"] * 2,
+        assert sessions == [("1:250", "1", "250", None, None, '{"a":"\\ufffd"}', 7)]
+        assert replies == [
+            (5, 1, "1:250", "1", "250", "rides", '{"type":"text"}', "c-1"),
+            (5, 2, "1:250", "1", "250", "rides", '{"x":"\\ufffd"}', "c-1"),
         ]
-        letter = [column[0] for column in columns[11:]]
-        assert letter[:4] == [6, NOW, "US.1", "jobs"]
+        [letter] = letters
+        assert letter[:4] == (6, NOW, "US.1", "jobs")
         assert json.loads(letter[4]) == {"id": "wamid.1", "x": "\ufffd"}
         assert letter[5] == "no\ufffd ?"
-        assert letter[6:9] == ["pending", None, NOW + timedelta(seconds=300)]
-        assert letter[9:] == ["wamid.1", "1:250", 3, "c-1", False]
+        assert letter[6:9] == ("pending", None, NOW + timedelta(seconds=300))
+        assert letter[9:] == ("wamid.1", "1:250", 3, "c-1", False)
 
     def test_the_last_change_of_a_session_counts(self) -> None:
         changes = [
@@ -235,11 +230,11 @@ class TestCompletions:
             )
             for version, key in enumerate(["b", "a", "b"])
         ]
-        columns = rows.completion_arguments(changes, NOW, "pending")
-        assert [(row[0], row[-1]) for row in columns[1]] == [("a", 1), ("b", 2)]
+        _, sessions, *_ = rows.completion_arguments(changes, NOW, "pending")
+        assert [(row[0], row[-1]) for row in sessions] == [("a", 1), ("b", 2)]
 
-    def test_nothing_is_every_column_empty(self) -> None:
-        assert rows.completion_arguments([], NOW, "unsent") == [[]] * 10 + ["unsent"] + [[]] * 14
+    def test_nothing_is_nothing(self) -> None:
+        assert rows.completion_arguments([], NOW, "unsent") == [[], [], [], "unsent", []]
 
     @pytest.mark.parametrize(
         ("letter", "expected"),

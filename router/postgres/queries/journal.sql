@@ -64,8 +64,8 @@ SELECT session_key, phone_number_id, wa_id, user_id, active_service, state::text
   FROM user_sessions WHERE session_key = ANY ($1::text[]);
 
 -- name: complete
-SELECT postroom_complete($1, $2, $3, $4, $5::postroom_done[], $6::postroom_session[], $7, $8, $9, $10, $11, $12,
-                         $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23, $24, $25, $26, $27, $28, $29);
+SELECT postroom_complete($1, $2, $3, $4, $5::postroom_done[], $6::postroom_session[], $7::postroom_reply[], $8,
+                         $9::postroom_letter[]);
 
 -- name: complete_replay
 SELECT postroom_complete_replay($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19,

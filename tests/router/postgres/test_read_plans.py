@@ -155,6 +155,5 @@ SELECT postroom_complete(
     ARRAY(SELECT (seq, $2, 'delivered', 'rides', 'keyword', 1, false)::postroom_done
             FROM unnest($3::bigint[]) seq),
     ARRAY(SELECT (key, '1', NULL, NULL, NULL, '{}', 2)::postroom_session FROM unnest($4::text[]) key),
-    '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', 'unsent', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}',
-    '{}', '{}', '{}', '{}', '{}', '{}')
+    '{}'::postroom_reply[], 'unsent', '{}'::postroom_letter[])
 """
