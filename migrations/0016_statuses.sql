@@ -24,11 +24,14 @@ COMMENT ON TABLE status_deliveries IS 'Statuses that a service is still to be to
 SELECT postroom_protect('status_subscriptions', 'rad', 'r', 'r');
 SELECT postroom_protect('status_deliveries', 'rawd', 'r', 'r');
 
+-- A status and the name of its message may be committed at the same moment, neither seeing the other: the lock lets one
+-- of them wait for the other's commit, and look then.
 CREATE FUNCTION postroom_queue_statuses() RETURNS trigger LANGUAGE plpgsql SET enable_seqscan = off AS $$
 BEGIN
     IF NOT EXISTS (SELECT FROM status_subscriptions) THEN
         RETURN NULL;
     END IF;
+    PERFORM pg_advisory_xact_lock(7305, 7);
     INSERT INTO status_deliveries (service, outbox_id, status, status_at, created_at)
     SELECT o.service, o.id, n.status, n.status_at, n.recorded_at
       FROM new_rows n
@@ -52,6 +55,7 @@ BEGIN
     IF NOT EXISTS (SELECT FROM status_subscriptions) THEN
         RETURN NULL;
     END IF;
+    PERFORM pg_advisory_xact_lock(7305, 7);
     INSERT INTO status_deliveries (service, outbox_id, status, status_at, error_message, created_at)
     SELECT n.service, n.id, CASE WHEN n.status = 'failed' THEN 'failed' ELSE w.status END, w.status_at,
            n.error_message, coalesce(n.updated_at, n.created_at)

@@ -1,5 +1,7 @@
 """The contract of statuses on Postgres, where webhooks and the sender put them."""
 
+# ruff: noqa: ASYNC110 - tables send no events
+
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -141,3 +143,29 @@ async def test_a_session_that_was_put_there_by_hand_stops_nobody(place: Place, d
     )
     [news] = (await place.statuses.due("rides", 10)).news
     assert (news.envelope.session.state, news.envelope.session.version) == ({}, 3)
+
+
+_STATUS = """
+INSERT INTO whatsapp_statuses (phone_number_id, message_id, status, rank, recorded_at)
+VALUES ($1, $2, 'delivered', 3, $3)
+"""
+_WAITS = "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'advisory'"
+
+
+async def test_a_status_and_its_message_at_the_same_moment(place: Place, database: Database) -> None:
+    """The status is in a transaction that goes on when the sending is put on record."""
+    await place.statuses.subscribe(["rides"], epoch=place.epoch)
+    identity = await place.queued("rides")
+
+    async with database.connection() as other:
+        await database.bridge.run(lambda: other.execute("BEGIN"))
+        await database.bridge.run(
+            lambda: other.execute(_STATUS, NUMBER, f"wamid.{identity}", place.clock.now)
+        )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(place.put_on_record, identity, Sent(f"wamid.{identity}"))
+            with trio.fail_after(20):
+                while not await database.value(_WAITS):
+                    await trio.sleep(0.01)
+            await database.bridge.run(lambda: other.execute("COMMIT"))
+    assert told(await place.statuses.due("rides", 10)) == [(f"rpl_{identity}", "delivered")]
