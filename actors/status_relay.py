@@ -111,6 +111,8 @@ class StatusRelay:
 
     async def _look(self, name: str, service: Service) -> float:
         """Tell what is due; returns the seconds until there may be more."""
+        if not service.room:
+            return _LOOK_AGAIN  # messages go before them
         page = await self._log.due(name, _PAGE)
         if not page.news:
             return _LOOK_EVERY if page.next_in is None else min(page.next_in, _LOOK_EVERY)
@@ -119,11 +121,20 @@ class StatusRelay:
         if done:
             self._given_up(name, len(done))
         later: list[tuple[int, float]] = []
+        refused = False
         room = trio.CapacityLimiter(_AT_ONCE)
 
         async def tell(news: StatusNews) -> None:
+            nonlocal refused
             async with room:
-                wait = await _tell(service, news)
+                if refused or not service.room:
+                    refused = True
+                    return
+                try:
+                    wait = await _tell(service, news)
+                except (MailboxFull, MailboxClosed, ActorDied, NotOwner):
+                    refused = True  # nothing was attempted, or nobody knows: it stays as it is
+                    return
             if wait is None:
                 done.append(news.id)
             else:
@@ -133,16 +144,15 @@ class StatusRelay:
             for news in page.news:
                 if news.created_at >= oldest:
                     nursery.start_soon(tell, news)
-        await self._log.record(done, later, epoch=self._epoch)
-        return 0.0
+        if done or later:
+            await self._log.record(done, later, epoch=self._epoch)
+        return _LOOK_AGAIN if refused else 0.0
 
 
 async def _tell(service: Service, news: StatusNews) -> float | None:
-    """None: it was told, or the service wants none of it; else seconds until it is tried again."""
-    try:
-        result: Result | Moved = await service.address.ask_nowait(partial(Deliver, news.envelope))
-    except (MailboxFull, MailboxClosed, ActorDied, NotOwner):
-        return _LOOK_AGAIN
+    """None: it was told, or the service wants none of it; else seconds until it is tried again. Raises what
+    asking does."""
+    result: Result | Moved = await service.address.ask_nowait(partial(Deliver, news.envelope))
     if isinstance(result, Moved):
         return 0.0
     if isinstance(result, Deferred):

@@ -21,6 +21,12 @@ CREATE FUNCTION postroom_send(
 DECLARE
     conversation text;
 BEGIN
+    PERFORM pg_advisory_xact_lock_shared(7305, 1);  -- an erasure forgets what was there before, and not less
+    SELECT o.id, false, o.request_sha256 = p_request_sha256, o.status INTO id, created, is_same, status
+      FROM whatsapp_outbox o WHERE o.service = p_service AND o.idempotency_key = p_key;
+    IF FOUND THEN
+        RETURN;
+    END IF;
     SELECT n.session_key INTO conversation FROM session_names n
      WHERE n.phone_number_id = p_number AND n.name = p_recipient;
     IF NOT FOUND THEN

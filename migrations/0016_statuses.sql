@@ -26,7 +26,8 @@ SELECT postroom_protect('status_deliveries', 'rawd', 'r', 'r');
 
 -- A status and the name of its message may be committed at the same moment, neither seeing the other: the lock lets one
 -- of them wait for the other's commit, and look then.
-CREATE FUNCTION postroom_queue_statuses() RETURNS trigger LANGUAGE plpgsql SET enable_seqscan = off AS $$
+CREATE FUNCTION postroom_queue_statuses() RETURNS trigger LANGUAGE plpgsql
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
 BEGIN
     IF NOT EXISTS (SELECT FROM status_subscriptions) THEN
         RETURN NULL;
@@ -50,7 +51,8 @@ CREATE TRIGGER postroom_queue_later_statuses AFTER UPDATE ON whatsapp_statuses
 
 -- A status may be here before it is on record under which name the channel took the message; and what the channel never
 -- took has no other status.
-CREATE FUNCTION postroom_queue_statuses_of_sent() RETURNS trigger LANGUAGE plpgsql SET enable_seqscan = off AS $$
+CREATE FUNCTION postroom_queue_statuses_of_sent() RETURNS trigger LANGUAGE plpgsql
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
 BEGIN
     IF NOT EXISTS (SELECT FROM status_subscriptions) THEN
         RETURN NULL;

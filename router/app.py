@@ -510,12 +510,22 @@ class Router:
 
     async def _load_services(self) -> None:
         versions, secrets = await self.journal.services()
-        if self.roster.use(map(version_of, versions), credentials_of(secrets)):
-            self._owner.change_services()
+        self._change_services(
+            lambda: self.roster.use([version_of(row) for row in versions], credentials_of(secrets))
+        )
 
     def reload(self, config: Config) -> None:
         """Go by what this configuration says of services and routing; all else stays until the next start."""
-        if self.roster.reload(config):
+        self._change_services(lambda: self.roster.reload(config))
+
+    def _change_services(self, change: Callable[[], bool]) -> None:
+        """Whatever somebody wrote there, services that run are not to end of it."""
+        try:
+            changed = change()
+        except Exception as error:
+            _log.exception("services stay as they were", exc_info=error)
+            return
+        if changed:
             self._owner.change_services()
 
     def _open_http_lane(

@@ -54,17 +54,18 @@ class HomeMenu:
         for row in rows:
             self._rows.setdefault((row.country, row.language), []).append(row)
 
-    def rows(self, country: str | None, language: str) -> list[MenuRow]:
-        """The rows for a country, else those for all; in that language, else in English."""
+    def rows(self, country: str | None, language: str, closed: frozenset[str] = frozenset()) -> list[MenuRow]:
+        """The rows for a country, else those for all; in that language, else in English. Without those of
+        services that are `closed`."""
         for wanted in ((country, language), (None, language), (country, "en"), (None, "en")):
             if wanted in self._rows:
-                return self._rows[wanted][:_MAX_ROWS]
+                return [row for row in self._rows[wanted] if row.domain not in closed][:_MAX_ROWS]
         return []
 
-    def reply(self, country: str | None, language: str) -> Reply:
+    def reply(self, country: str | None, language: str, closed: frozenset[str] = frozenset()) -> Reply:
         """The menu as a list message; a plain text when every row is switched off."""
         body, button = _WORDS.get(language, _WORDS["en"])
-        rows = self.rows(country, language)
+        rows = self.rows(country, language, closed)
         if not rows:
             return Reply(body)
         listed = [

@@ -19,6 +19,7 @@ from router.operations import Operations
 from router.postgres.statements import statements
 from router.registry import (
     REMOVED,
+    Credentials,
     Registry,
     ServiceVersion,
     Unusable,
@@ -53,8 +54,9 @@ class Known:
     """What is known of the services: what is used, and the newest version of each, usable or not."""
 
     registry: Registry
+    versions: list[ServiceVersion]
     newest: Mapping[str, ServiceVersion]
-    credentials: Mapping[str, Any]
+    credentials: Mapping[str, Credentials]
 
 
 Change = Callable[[ServiceVersion, ServiceConfig | None], ServiceVersion]
@@ -75,7 +77,7 @@ async def known_services(operations: Operations) -> Known:
     newest: dict[str, ServiceVersion] = {}
     for version in versions:
         newest.setdefault(version.service, version)
-    return Known(registry_of(operations.config, versions, credentials), newest, credentials)
+    return Known(registry_of(operations.config, versions, credentials), versions, newest, credentials)
 
 
 async def change_service(
@@ -167,7 +169,9 @@ async def make_secret(operations: Operations, name: str, *, actor: str) -> str:
 
 
 async def make_token(operations: Operations, name: str, *, actor: str) -> str:
-    """A new token for the service to show; the database has its hash only. Raises UnknownService."""
+    """A new token for the service to show; the database has its hash only. Raises UnknownService,
+    CannotChange: the configuration could not be used with it.
+    """
     token = secrets.token_hex(32)
     await _set_secret(operations, name, actor, None, hashlib.sha256(token.encode()).hexdigest())
     return token
@@ -176,7 +180,14 @@ async def make_token(operations: Operations, name: str, *, actor: str) -> str:
 async def _set_secret(
     operations: Operations, name: str, actor: str, secret: str | None, token_sha256: str | None
 ) -> None:
-    if name not in (await known_services(operations)).registry.services:
+    known = await known_services(operations)
+    if name not in known.registry.services:
         raise UnknownService(name)
+    before = known.credentials.get(name, Credentials())
+    given = Credentials(secret or before.secret, token_sha256 or before.token_sha256)
+    registry = registry_of(operations.config, known.versions, {**known.credentials, name: given})
+    problems = [one.problems for one in registry.unusable if (one.service, one.version) == (name, 0)]
+    if problems:
+        raise CannotChange(problems[0])
     now: datetime = utc_now()
     await operations.run(lambda c: c.execute(_SQL["set_secret"], now, actor, name, secret, token_sha256))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Final
 
 from router.config import URL_FIELDS, Config, Problem, ServiceConfig
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from router.config_file import Report
 
 REMOVED: Final = "removed"
+_CLOSED: Final = (REMOVED, "draining")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +47,8 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True)
 class Unusable:
-    """A version that cannot be used, and all that is wrong with it; version 0: the service's secret."""
+    """A version that cannot be used, and all that is wrong with it; version 0: the service's secret or token.
+    """
 
     service: str
     version: int
@@ -109,28 +112,42 @@ def registry_of(
     while True:
         services = _services_of(config, history, credentials, known, unusable)
         problems = _problems_of(config, services, known)
-        if not problems:
-            used = {name: versions[0] for name, versions in history.items() if versions}
-            closed = {
-                name: Closed(_opened(config, version, credentials.get(name)), version.created_at)
-                for name, version in used.items()
-                if version.state in (REMOVED, "draining")
-            }
-            numbers = {name: version.version for name, version in used.items()}
-            return Registry(services, numbers, closed, tuple(unusable))
-        # Passed over is the one without which the fewest are left, of several the last that was made.
+        # Passed over is what the fewest are left without, of several the version that was made last.
         newest_first = sorted(
             (versions[0] for versions in history.values() if versions),
             key=lambda one: (one.created_at, one.service),
             reverse=True,
         )
-        left = {
-            one.service: len(_problems_of(config, _without(config, history, one, credentials, known), known))
-            for one in newest_first
-        }
-        culprit = min(newest_first, key=lambda one: left[one.service])
-        history[culprit.service].pop(0)
-        unusable.append(Unusable(culprit.service, culprit.version, tuple(problems)))
+        if not problems or not (newest_first or credentials):
+            used = {name: versions[0] for name, versions in history.items() if versions}
+            closed = {
+                name: Closed(_opened(config, version, credentials.get(name)), _closed_since(history[name]))
+                for name, version in used.items()
+                if version.state in _CLOSED
+            }
+            numbers = {name: version.version for name, version in used.items()}
+            return Registry(services, numbers, closed, tuple(unusable))
+        left: dict[tuple[str, int], int] = {}
+        for version in newest_first:
+            rest = {name: versions[name == version.service :] for name, versions in history.items()}
+            services = _services_of(config, rest, credentials, known, [])
+            left[version.service, version.version] = len(_problems_of(config, services, known))
+        for name in credentials:
+            kept = {other: given for other, given in credentials.items() if other != name}
+            copies = {other: list(versions) for other, versions in history.items()}
+            services = _services_of(config, copies, kept, known, [])
+            left[name, 0] = len(_problems_of(config, services, known))
+        name, number = min(left, key=lambda one: left[one])
+        unusable.append(Unusable(name, number, tuple(problems)))
+        if number:
+            history[name].pop(0)
+        else:
+            del credentials[name]
+
+
+def _closed_since(versions: list[ServiceVersion]) -> datetime:
+    """When the first of the newest versions was made that are all closed."""
+    return min(one.created_at for one in takewhile(lambda one: one.state in _CLOSED, versions))
 
 
 def _opened(config: Config, version: ServiceVersion, credentials: Credentials | None) -> ServiceConfig:
@@ -160,17 +177,6 @@ def _services_of(
             problems += _problems_of(config, changed, {*known, *problems})
             unusable.append(Unusable(name, versions.pop(0).version, tuple(problems)))
     return services
-
-
-def _without(
-    config: Config,
-    history: Mapping[str, list[ServiceVersion]],
-    one: ServiceVersion,
-    credentials: Mapping[str, Credentials],
-    known: set[Problem],
-) -> dict[str, ServiceConfig]:
-    rest = {name: versions[name == one.service :] for name, versions in history.items()}
-    return _services_of(config, rest, credentials, known, [])
 
 
 def _problems_of(config: Config, services: Mapping[str, ServiceConfig], known: set[Problem]) -> list[Problem]:

@@ -193,9 +193,10 @@ class Roster:
         changed = config.routing != self._config.routing
         now, before = self._clock(), self._config.services
         for name in before.keys() | config.services.keys():
-            if name in config.services:
+            is_open, was_open = (_is_open(services.get(name)) for services in (config.services, before))
+            if is_open:
                 self._taken_out.pop(name, None)
-            elif name in self.registry.services:
+            elif was_open:
                 self._taken_out[name] = Closed(before[name], now)
         self._config = config
         return self._apply(changed)
@@ -218,10 +219,13 @@ class Roster:
                 state = "removed" if now is None else now.state
                 version = registry.versions.get(name, 0)
                 _log.info("a service has changed", service=name, state=state, version=version)
-        self._routes = Routes(self._config.routing, registry.services, self._routes.menu)
         self._closed = {
-            name: closed for name, closed in self._taken_out.items() if name not in registry.services
+            name: closed
+            for name, closed in self._taken_out.items()
+            if not _is_open(registry.services.get(name))
         } | dict(registry.closed)
+        removed = self._closed.keys() - registry.services.keys()
+        self._routes = Routes(self._config.routing, registry.services, self._routes.menu, removed=removed)
         self._earlier.clear()
         self._follow(registry)
         self._changed.set()
@@ -290,7 +294,7 @@ class Roster:
                 on_change=lambda: self._on_breaker(name, breaker),
             )
             to_canary = self._lane_to(service, "canary_url", service.canary_url)
-            canary = Canary(service.name, service.canary_share, to_canary, breaker=breaker, timeout=timeout)
+            canary = Canary(service.name, service.canary_share, to_canary, breaker=breaker)
             lane = canary.beside(lane)
         if service.shadow_url is not None:
             to_shadow = self._lane_to(service, "shadow_url", service.shadow_url, shadow=True)
@@ -306,6 +310,11 @@ class Roster:
             shadow=shadow,
             known_domain=self.is_domain,
         )
+
+
+def _is_open(service: ServiceConfig | None) -> bool:
+    """Whether new conversations get to it."""
+    return service is not None and service.state != "draining"
 
 
 def _spec(service: ServiceConfig, lane: OpenLane) -> ServiceSpec:

@@ -39,17 +39,24 @@ class Routes:
     """The rules over one configuration. Build anew when it changes; `menu` may be replaced in place.
 
     To a service that is draining only the conversations go that are with it. One whose active service is gone
-    is with nobody.
+    is with nobody. The menu offers neither.
     """
 
     def __init__(
-        self, routing: RoutingConfig, services: Mapping[str, ServiceConfig], menu: HomeMenu | None = None
+        self,
+        routing: RoutingConfig,
+        services: Mapping[str, ServiceConfig],
+        menu: HomeMenu | None = None,
+        *,
+        removed: Iterable[str] = (),
     ) -> None:
         self.menu = menu if menu is not None else HomeMenu(())
         self._fallback = routing.fallback
         self._language = routing.languages[0] if routing.languages else "en"
         self._buttons = dict(routing.buttons)
         self._domains = frozenset(services)
+        draining = (name for name, service in services.items() if service.state == "draining")
+        self._closed = frozenset((*removed, *draining))
         self._open = frozenset(name for name, service in services.items() if service.state != "draining")
         self._actions = _index((("menu", routing.menu), ("home", routing.home), ("exit", routing.exit)))
         self._keywords = _index((name, services[name].keywords) for name in services if name in self._open)
@@ -90,7 +97,7 @@ class Routes:
         kind = message.get("type")
         if isinstance(kind, str) and kind in _WITHOUT_WORDS:
             return Route("fallback", None, "nothing claims the message, and it asks for no answer")
-        reply = self.menu.reply(country, self._language)
+        reply = self.menu.reply(country, self._language, self._closed)
         return Route("fallback", None, "nothing claims the message: home menu", (reply,))
 
     def _action(self, rule: str, action: str, reason: str, word: _Word | None, country: str | None) -> Route:
@@ -98,7 +105,7 @@ class Routes:
         if action == "exit":
             reply = Reply(_GOODBYE.get(language, _GOODBYE["en"]))
         else:
-            reply = self.menu.reply(country, language)
+            reply = self.menu.reply(country, language, self._closed)
         return Route(rule, None, reason, (reply,), leave=True)
 
     def _button_target(self, button: str) -> str | None:

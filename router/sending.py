@@ -19,6 +19,7 @@ REFERENCE: Final = "rpl_"
 """Before the number of a row of the outbox: what the channel is told, and gives back with each status."""
 
 _PHONE = re.compile(r"\+?([0-9]{5,20})", re.ASCII)
+_NUMBER = re.compile(r"[0-9A-Za-z_-]{1,64}", re.ASCII)
 _USER_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)  # business-scoped, opaque
 
 
@@ -96,7 +97,7 @@ class Sending:
         number = self._only_number if phone_number_id is None else phone_number_id
         if number is None:
             raise NotSent("phone_number_id", "phone_number_id is missing: say from which number it goes")
-        if not self._is_ours(number):
+        if not _NUMBER.fullmatch(number) or not self._is_ours(number):
             raise NotSent("phone_number_id", "phone_number_id is of no app of this router")
         recipient = _recipient(to)
         payload, request = _written(number, recipient, dict(message))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
@@ -48,6 +48,7 @@ async def serve(
         ) from error
     async with AsyncExitStack() as stack:
         signals = stack.enter_context(trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT))
+        hangups = stack.enter_context(trio.open_signal_receiver(signal.SIGHUP))  # not to die of it meanwhile
         stop = trio.Event()
         nursery = await stack.enter_async_context(trio.open_nursery())
         nursery.start_soon(_watch_signals, signals, stop, nursery.cancel_scope)
@@ -57,7 +58,7 @@ async def serve(
         ):
             edges.start_soon(listener.serve, router.webhooks.accept_nowait)
             if reload is not None:
-                edges.start_soon(_reload_when_asked, router, reload, report)
+                edges.start_soon(_reload_when_asked, hangups, router, reload, report)
             # Beside the router, not inside: what is under way is answered while the router drains.
             if router.roster.credentials:
                 await _start_services_port(nursery, router, config, report)
@@ -156,16 +157,18 @@ async def _serve_services_later(
 
 
 async def _reload_when_asked(
-    router: Router, reload: Callable[[], Config], report: Callable[[str], None]
+    hangups: AsyncIterator[int],
+    router: Router,
+    reload: Callable[[], Config],
+    report: Callable[[str], None],
 ) -> None:
-    with trio.open_signal_receiver(signal.SIGHUP) as hangups:
-        async for _ in hangups:
-            try:
-                router.reload(reload())
-            except ConfigError as error:
-                report(f"the configuration cannot be used, and all stays as it was:\n{error}")
-            else:
-                report("the configuration was read again: services and routing are as it says")
+    async for _ in hangups:
+        try:
+            router.reload(reload())
+        except ConfigError as error:
+            report(f"the configuration cannot be used, and all stays as it was:\n{error}")
+        else:
+            report("the configuration was read again: services and routing are as it says")
 
 
 async def _watch_signals(signals: object, stop: trio.Event, scope: trio.CancelScope) -> None:

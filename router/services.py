@@ -109,7 +109,8 @@ def set_service(
 @with_config
 @json_option
 def pause(config: Config, name: str, note: str | None, as_json: bool) -> None:
-    """Leave a service alone: what comes for it waits, in order. Running attempts are finished.
+    """Leave a service alone: what comes for it waits, in order, for 48 hours at most
+    (dead_letter_max_age_hours). Running attempts are finished.
 
     \b
     Example:   postroom services pause rides --note "database move"

@@ -27,6 +27,7 @@ class MemoryStatuses:
         self._due_at: dict[int, datetime] = {}
         self._count = 0
         self._failures = 0
+        self.looked: Callable[[], object] = lambda: None
 
     def fail(self, calls: int) -> None:
         self._failures = calls
@@ -54,6 +55,7 @@ class MemoryStatuses:
 
     async def due(self, service: str, limit: int) -> StatusPage:
         await self._call(self.epoch)
+        self.looked()
         now = self._clock()
         heads: dict[str, StatusNews] = {}
         for news in self.waiting:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import trio
 
 from actors.breaker import Breaker
-from actors.messages import Envelope, Outcome, Retry
+from actors.messages import Ack, Envelope, Outcome, Reject, Retry
 from actors.ports import Handler, Unreadable
 from actors.service import OpenLane, verdict
 from router.observe.logs import get_logger
@@ -40,20 +40,17 @@ class CanaryStatistics:
 
 
 class Canary:
-    """What it fails at, or does not answer in half of the `timeout` seconds that an attempt has, goes to the
-    stable URL in the same attempt; while its breaker is not closed its conversations are there. So it says
-    nothing about the service.
+    """What it does not take, or not in half of the time that an attempt has, goes to the stable URL in the
+    same attempt; while its breaker is not closed its conversations are there. So it says nothing about the
+    service.
     """
 
-    def __init__(
-        self, domain: str, share: float, open_lane: OpenLane, *, breaker: Breaker, timeout: float
-    ) -> None:
+    def __init__(self, domain: str, share: float, open_lane: OpenLane, *, breaker: Breaker) -> None:
         self.breaker = breaker
         self.statistics = CanaryStatistics()
         self._domain = domain
         self._share = share
         self._open_lane = open_lane
-        self._patience = timeout * _SHARE_OF_TIME
 
     def beside(self, stable: OpenLane) -> OpenLane:
         """Lanes to both."""
@@ -70,20 +67,25 @@ class Canary:
         return self.breaker.admit() if is_in_share(key, self._share, self._domain) else None
 
     async def attempt(self, ticket: int, canary: Handler, envelope: Envelope) -> Outcome | Unreadable | None:
-        """None: it failed."""
+        """None: it did not take it. What it refuses may be nobody's to take, and says nothing about it."""
         began = trio.current_time()
+        patience = (trio.current_effective_deadline() - began) * _SHARE_OF_TIME
         outcome: Outcome | Unreadable | None = None
         self.statistics.attempts += 1
         try:
-            with trio.move_on_after(self._patience) as bound:
+            with trio.move_on_after(patience) as bound:
                 outcome = await canary.attempt(envelope)
             if bound.cancelled_caught:
-                outcome = Retry(reason=f"no answer within {self._patience:g} s")
+                outcome = Retry(reason=f"no answer within {patience:.3g} s")
         finally:
             succeeded, reason = verdict(outcome)
+            if isinstance(outcome, Retry):
+                succeeded = False  # also one that asks for later: it is not what the stable one would say
+            elif isinstance(outcome, Reject):
+                succeeded = None
             self.breaker.record(ticket, succeeded, reason, seconds=trio.current_time() - began)
             self.statistics.failures += succeeded is False
-        return None if succeeded is False else outcome
+        return outcome if isinstance(outcome, Ack | Unreadable) else None
 
 
 class _CanaryLane:

@@ -18,6 +18,7 @@ from quart_trio import QuartTrio
 from actors.errors import JournalUnavailable
 from router.app import Router
 from router.edge.disconnects import withhold_disconnects
+from router.observe.masking import mask_text
 from router.roster import ServiceStatus
 
 HEALTHY, DEGRADED, UNHEALTHY = "healthy", "degraded", "unhealthy"
@@ -135,7 +136,7 @@ def _service(status: ServiceStatus) -> dict[str, Any]:
         "state": status.state,
         "version": status.version,
         "breaker": status.breaker,
-        "breaker_reason": status.breaker_reason,
+        "breaker_reason": mask_text(status.breaker_reason),  # a service's own words
         "lanes": status.lanes,
         "attempts": status.attempts,
         "failures": status.failures,

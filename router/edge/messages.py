@@ -14,7 +14,7 @@ from typing import Any, Final
 import orjson
 import trio
 
-from actors.errors import JournalUnavailable
+from actors.errors import JournalRefused, JournalUnavailable
 from router.accept import JSON, Request, Respond, Response, is_correlation_id
 from router.app import Router
 from router.json_text import parse
@@ -81,6 +81,9 @@ class MessagesApi:
             response = await self._respond(request, request_id)
         except _Refusal as refusal:
             response = _refused(refusal, request_id)
+        except JournalRefused:
+            wrong = _Refusal(400, "message", "the database does not take this message")
+            response = _refused(wrong, request_id)
         except JournalUnavailable:
             away = _Refusal(503, "unavailable", "the database is away, send it again", b"Retry-After: 2\r\n")
             response = _refused(away, request_id)

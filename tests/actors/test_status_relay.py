@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -14,8 +15,9 @@ from memory_statuses import MemoryStatuses
 
 from actors.breaker import Trips
 from actors.errors import LeaseLost
-from actors.messages import Reject, Retry
-from actors.service import Service
+from actors.kernel import MailboxFull, Promise
+from actors.messages import Envelope, Reject, Retry, Session
+from actors.service import Deliver, Service
 from actors.status_relay import MAX_AGE, StatusRelay
 
 Clock = trio.testing.MockClock
@@ -70,6 +72,19 @@ class Office:
     async def settled(self, seconds: float = 0.0) -> None:
         await trio.sleep(seconds)
         await trio.testing.wait_all_tasks_blocked()
+
+
+def envelope(text: str) -> Envelope:
+    """A message that takes a place."""
+    return Envelope(
+        id=f"msg_{text}",
+        message_id=None,
+        domain="rides",
+        session=Session(key=text, phone_number_id="100"),
+        message={"type": "text", "text": {"body": text}},
+        received_at=START,
+        correlation_id="c",
+    )
 
 
 def say(office: Office, *outcomes: object) -> None:
@@ -148,6 +163,28 @@ async def test_a_few_at_a_time_so_that_messages_find_room(autojump_clock: Clock)
         assert office.services["rides"].room == 10
         await office.settled(3)
         assert len(office.told()) == 9
+
+
+async def test_a_service_that_is_full_is_asked_again_later_and_nothing_is_written_down(
+    autojump_clock: Clock,
+) -> None:
+    office = Office("rides", takes=100.0)
+    rides = office.services["rides"]
+    looks = []
+    office.log.looked = lambda: looks.append(trio.current_time())
+    async with office.open():
+        for number in range(40):
+            with contextlib.suppress(MailboxFull):
+                rides.address.tell_nowait(Deliver(envelope(str(number)), Promise()))
+        assert rides.room == 0
+        office.happened("sent")
+        await office.settled(3)
+        assert len(looks) <= 1
+        assert [news.attempts for news in office.log.waiting] == [0]
+        office.counterparts["rides"].takes = 0.0
+        await office.settled(600)
+        assert office.log.waiting == []
+        assert not next(one for one in office.counterparts["rides"].seen if not one.text).redelivered
 
 
 async def test_what_is_too_old_is_given_up(autojump_clock: Clock) -> None:

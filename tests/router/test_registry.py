@@ -5,7 +5,7 @@ them.
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -407,3 +407,33 @@ def test_whatever_the_versions_are_the_services_can_be_used(versions: list[Servi
 
 PLAIN = Config.for_embedding(app_secret="0f" * 16, verify_token="hello-meta")
 FALLS_BACK = replace(PLAIN, routing=replace(PLAIN.routing, fallback="ai_agents"))
+
+
+def test_a_token_that_makes_the_configuration_wrong_is_not_used(config: Config) -> None:
+    """The port of services is the admin port's number, which is no matter while nobody has a token."""
+    services = {name: replace(service, token=None) for name, service in config.services.items()}
+    wrong = replace(config, services_port=config.admin_port, services=services)
+    given = {"rides": Credentials(token_sha256="ab" * 32)}
+    for versions in ((), (version("jobs", 1, {"lanes": 3}),)):
+        found = registry(wrong, *versions, credentials=given)
+        [unusable] = found.unusable
+        assert (unusable.service, unusable.version) == ("rides", 0)
+        assert found.services["rides"].credential is None
+        assert found.versions == ({"jobs": 1} if versions else {})
+
+
+def test_two_services_never_have_one_token(config: Config) -> None:
+    given = {name: Credentials(token_sha256="ab" * 32) for name in ("rides", "jobs")}
+    found = registry(config, credentials=given)
+    assert len(found.unusable) == 1
+    assert sum(service.credential is not None for service in found.services.values()) == 1
+
+
+def test_a_service_is_closed_since_the_first_of_its_closed_versions(config: Config) -> None:
+    times = [CREATED + timedelta(hours=hour) for hour in range(4)]
+    states = ["draining", "active", "draining", "removed"]
+    versions = [
+        replace(version("chess", number, {}, state), created_at=at)
+        for number, (state, at) in enumerate(zip(states, times, strict=True), 1)
+    ]
+    assert registry(config, *reversed(versions)).closed["chess"].since == times[2]

@@ -53,7 +53,8 @@ SELECT p.* FROM (
            row_number() OVER (ORDER BY id DESC) = 1 AS is_last,
            session_key = ANY ($3::text[]) OR coalesce(recipient = ANY ($4::text[]), false) AS own,
            EXISTS (SELECT FROM unnest($5::text[]) AS n (needle)
-                    WHERE position(n.needle IN concat(payload, error_message, message_id)) > 0) AS hit
+                    WHERE position(n.needle IN concat(payload, error_message, message_id, idempotency_key)) > 0)
+               AS hit
       FROM (SELECT * FROM whatsapp_outbox WHERE id > $1 ORDER BY id LIMIT $2) o) p
  WHERE p.own OR p.hit OR p.is_last ORDER BY p.id;
 
@@ -87,7 +88,8 @@ SELECT p.* FROM (
 -- Unless somebody changed it meanwhile.
 
 -- name: redact_reply
-UPDATE whatsapp_outbox SET payload = $2, error_message = $3
+WITH told AS (DELETE FROM status_deliveries WHERE outbox_id = $1)
+UPDATE whatsapp_outbox SET payload = $2, error_message = $3, idempotency_key = NULL
  WHERE id = $1 AND payload::text = $4 AND error_message IS NOT DISTINCT FROM $5 RETURNING 1;
 
 -- name: redact_letter

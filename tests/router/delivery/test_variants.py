@@ -79,7 +79,7 @@ class Pair:
             clock=trio.current_time,
             on_change=lambda: self.states.append(str(self.breaker.state)),
         )
-        self.canary = Canary("rides", 0.1, self.other.lane, breaker=self.breaker, timeout=4.0)
+        self.canary = Canary("rides", 0.1, self.other.lane, breaker=self.breaker)
 
     @asynccontextmanager
     async def lane(self) -> AsyncIterator[Handler]:
@@ -151,7 +151,7 @@ class TestCanary:
             await trio.sleep(1)
             assert (len(pair.other.seen), len(pair.stable.seen)) == (3, 4)
 
-    @each("outcome", [Ack(), Reject("no"), Unreadable("?"), Retry(after=1.0)])
+    @each("outcome", [Ack(), Unreadable("?")])
     async def test_whoever_answers_is_well(self, autojump_clock: Clock, outcome: object) -> None:
         pair = Pair()
         pair.other.script["a"].extend([outcome] * 10)
@@ -166,7 +166,8 @@ class TestCanary:
         pair.other.script["a"].extend([100.0] * 2)
         async with pair.lane() as lane:
             for _ in range(2):
-                assert await lane.attempt(envelope(IN_SHARE)) == Ack()
+                with trio.move_on_after(4.0):
+                    assert await lane.attempt(envelope(IN_SHARE)) == Ack()
             assert trio.current_time() == pytest.approx(4.0)  # it has half of the time of an attempt
             assert pair.breaker.state is BreakerState.OPEN
             assert pair.breaker.reason == "no answer within 2 s"
@@ -174,15 +175,30 @@ class TestCanary:
         assert pair.counted == (2, 2)
         assert len(pair.stable.seen) == 3
 
-    async def test_one_that_was_broken_off_earlier_says_nothing(self, autojump_clock: Clock) -> None:
+    async def test_one_that_was_broken_off_says_nothing(self, autojump_clock: Clock) -> None:
         pair = Pair()
         pair.other.script["a"].extend([100.0] * 5)
         async with pair.lane() as lane:
             for _ in range(5):
-                with trio.move_on_after(1.5):
-                    await lane.attempt(envelope(IN_SHARE))
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(lane.attempt, envelope(IN_SHARE))
+                    await trio.sleep(3.0)
+                    nursery.cancel_scope.cancel()
         assert pair.states == []
         assert pair.counted == (5, 0)
+
+    @each(("outcome", "opens"), [(Retry(after=300.0), True), (Retry(), True), (Reject("no"), False)])
+    async def test_what_it_does_not_take_is_for_the_stable_one(
+        self, autojump_clock: Clock, outcome: object, opens: bool
+    ) -> None:
+        pair = Pair()
+        pair.other.script["a"].extend([outcome] * 10)
+        async with pair.lane() as lane:
+            for _ in range(10):
+                assert await lane.attempt(envelope(IN_SHARE)) == Ack()
+        assert len(pair.stable.seen) == 10
+        assert len(pair.other.seen) == (2 if opens else 10)
+        assert (pair.breaker.state is BreakerState.OPEN) is opens
 
     async def test_a_bug_in_a_lane_is_nobodys_answer(self, autojump_clock: Clock) -> None:
         pair = Pair()
