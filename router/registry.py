@@ -47,8 +47,7 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True)
 class Unusable:
-    """A version that cannot be used, and all that is wrong with it; version 0: the service's secret or token.
-    """
+    """A version that cannot be used, and all that is wrong with it; 0: the service's secret or token."""
 
     service: str
     version: int
