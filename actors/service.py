@@ -251,12 +251,11 @@ class Service:
 
     async def _take_place(self) -> None:
         """A place for one attempt: no more run at once than the limit, and who waits has its turn."""
-        if self._running < self.concurrency.limit and not self._waiting_lanes:
+        is_free = self._running < self.concurrency.limit and not self._waiting_lanes
+        if is_free or self._retired.is_set():
             self._running += 1
-        elif not self._retired.is_set():
-            await self._waiting_lanes.park()  # whoever wakes it has counted it
         else:
-            self._running += 1
+            await self._waiting_lanes.park()  # whoever wakes it has counted it
 
     def _give_place(self) -> None:
         self._running -= 1

@@ -6,12 +6,12 @@ router.config_rules.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
+from router.credentials import digest_of
 from router.domains import EXIT, HOME, KEYWORDS, LANGUAGES, MENU, Words, canonical_domain
 
 DEFAULT_APP: Final = "default"
@@ -123,7 +123,7 @@ class ServiceConfig:
     def credential(self) -> str | None:
         """The SHA-256 of its token, in hexadecimal digits; None: it may not come to us."""
         if self.token is not None:
-            return hashlib.sha256(self.token.encode()).hexdigest()
+            return digest_of(self.token)
         return self.token_sha256
 
     @property
@@ -216,9 +216,9 @@ class Config:
     """Everything that a router is told. `database_url` None means the embedded Postgres in `data_dir`.
     `archive` is the directory or the URI of an object store where archives are kept; None: in `data_dir`.
     `schema` is the one of the database that our tables are in; None: the first of the login's search path.
-    `services_host` and `services_port` are where services with a token attach; without such a service nobody
-    listens there. Without `admin_token` whatever asks for one on the admin port is refused. Without `sender`
-    replies are stored as `unsent`, and are never sent.
+    `services_host` and `services_port` are where services with a token attach and send; without such a
+    service nobody listens there. Without `admin_token` whatever asks for one on the admin port is refused.
+    Without `sender` replies are stored as `unsent`, and are never sent.
 
     `generated` has, by the name of its environment variable, each secret that `serve --dev` made up for
     itself.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ import orjson
 
 from router.clock import utc_now
 from router.config import Problem, ServiceConfig
+from router.credentials import digest_of
 from router.operations import Operations
 from router.postgres.statements import statements
 from router.registry import (
@@ -173,7 +173,7 @@ async def make_token(operations: Operations, name: str, *, actor: str) -> str:
     CannotChange: the configuration could not be used with it.
     """
     token = secrets.token_hex(32)
-    await _set_secret(operations, name, actor, None, hashlib.sha256(token.encode()).hexdigest())
+    await _set_secret(operations, name, actor, None, digest_of(token))
     return token
 
 

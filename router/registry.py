@@ -111,7 +111,6 @@ def registry_of(
     while True:
         services = _services_of(config, history, credentials, known, unusable)
         problems = _problems_of(config, services, known)
-        # Passed over is what the fewest are left without, of several the version that was made last.
         newest_first = sorted(
             (versions[0] for versions in history.values() if versions),
             key=lambda one: (one.created_at, one.service),
@@ -126,6 +125,9 @@ def registry_of(
             }
             numbers = {name: version.version for name, version in used.items()}
             return Registry(services, numbers, closed, tuple(unusable))
+        # Nobody can say whose fault it is. Passed over is the version, or the secret, without which the
+        # fewest problems are left; of several versions the one that was made last, as the others were fine
+        # before it.
         left: dict[tuple[str, int], int] = {}
         for version in newest_first:
             rest = {name: versions[name == version.service :] for name, versions in history.items()}

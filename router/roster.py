@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Protocol
 
 import trio
@@ -28,6 +29,8 @@ from router.observe.logs import get_logger
 from router.registry import Closed, Credentials, Registry, ServiceVersion, registry_of
 from router.retry import REDELIVERY
 from router.routing import Routes
+
+_NEVER = datetime.min.replace(tzinfo=UTC)
 
 _log = get_logger("postroom.services")
 
@@ -116,6 +119,7 @@ class Roster:
         self.registry = registry_of(config, (), {})
         self._routes = Routes(config.routing, self.registry.services)
         self._closed: Mapping[str, Closed] = {}
+        self._closed_until = _NEVER  # who was accepted later has nothing to do with these
         self._taken_out: dict[str, Closed] = {}  # of the configuration, when it was read again
         self._earlier: dict[frozenset[str], Routes] = {}  # by the services that were open still
         self._follow(self.registry)
@@ -123,12 +127,11 @@ class Roster:
     # What the router asks
 
     def decide(self, item: Item, session: Session) -> Route:
-        if self._closed:
+        if item.received_at < self._closed_until:
             was_open = frozenset(
                 name for name, closed in self._closed.items() if item.received_at < closed.since
             )
-            if was_open:
-                return self._routes_with(was_open).decide(item, session)
+            return self._routes_with(was_open).decide(item, session)
         return self._routes.decide(item, session)
 
     def _routes_with(self, was_open: frozenset[str]) -> Routes:
@@ -224,6 +227,7 @@ class Roster:
             for name, closed in self._taken_out.items()
             if not _is_open(registry.services.get(name))
         } | dict(registry.closed)
+        self._closed_until = max((closed.since for closed in self._closed.values()), default=_NEVER)
         removed = self._closed.keys() - registry.services.keys()
         self._routes = Routes(self._config.routing, registry.services, self._routes.menu, removed=removed)
         self._earlier.clear()

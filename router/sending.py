@@ -9,14 +9,12 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 from actors.messages import JsonObject
 from router.config import AppConfig
 from router.json_text import encode, is_storable
-
-REFERENCE: Final = "rpl_"
-"""Before the number of a row of the outbox: what the channel is told, and gives back with each status."""
+from router.postgres.rows import identity_of, reference_of
 
 _PHONE = re.compile(r"\+?([0-9]{5,20})", re.ASCII)
 _NUMBER = re.compile(r"[0-9A-Za-z_-]{1,64}", re.ASCII)
@@ -112,14 +110,12 @@ class Sending:
         )
         if not row["is_same"]:
             raise NotSent("idempotency_key_reused", "another message was sent under this Idempotency-Key")
-        return SentMessage(f"{REFERENCE}{row['id']}", row["status"], created=row["created"])
+        return SentMessage(reference_of(row["id"]), row["status"], created=row["created"])
 
     async def sent(self, service: str, identity: str) -> SentMessage | None:
         """None: the service sent no such message. Raises JournalUnavailable."""
-        number = identity.removeprefix(REFERENCE)
-        if number == identity or not number.isascii() or not number.isdigit() or len(number) > 18:
-            return None
-        row = await self._outbox.sent(service, int(number))
+        number = identity_of(identity)
+        row = None if number is None else await self._outbox.sent(service, number)
         if row is None:
             return None
         status = row["furthest"] or row["status"]

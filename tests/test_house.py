@@ -52,7 +52,7 @@ LAYERS = {
     "adapters": ("postgres", "delivery", "channels", "spool", "archive"),
     "policy": ("routing", "retry", "home_menu", "registry"),
     "config": ("config", "config_file", "config_rules", "settings"),
-    "words": ("domains", "json_text", "mac", "clock", "schedule"),
+    "words": ("domains", "json_text", "mac", "credentials", "clock", "schedule"),
     "observe": ("observe",),
     "actors": ("actors",),
     "simulator": ("simulator",),

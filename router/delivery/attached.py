@@ -7,7 +7,6 @@ is lost costs no order: what was not answered on it is tried again before anythi
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -21,6 +20,7 @@ import trio
 from actors.messages import Envelope, Outcome, Reject, Retry
 from actors.ports import Handler, Unreadable
 from actors.service import OpenLane
+from router.credentials import digest_of
 from router.json_text import encode, parse
 
 from .contract import KnownDomain, as_object, read_object
@@ -143,8 +143,7 @@ class AttachedService:
 
     def is_authorized(self, token: str) -> bool:
         """Compared in constant time."""
-        digest = hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()
-        return hmac.compare_digest(digest, self.credential)
+        return hmac.compare_digest(digest_of(token), self.credential)
 
     @property
     def connections(self) -> int:

@@ -17,6 +17,7 @@ from quart_trio import QuartTrio
 
 from actors.errors import JournalUnavailable
 from router.app import Router
+from router.credentials import bearer_of
 from router.edge.disconnects import withhold_disconnects
 from router.observe.masking import mask_text
 from router.roster import ServiceStatus
@@ -80,13 +81,9 @@ def admin_app(router: Router, *, is_ready: Callable[[], bool]) -> QuartTrio:
         return jsonify(body), 503 if status == UNHEALTHY else 200
 
     def may_act() -> bool:
-        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+        given = bearer_of(request.headers.get("Authorization", ""))
         token = router.config.admin_token
-        return (
-            token is not None
-            and scheme.lower() == "bearer"
-            and hmac.compare_digest(given.strip().encode(), token.encode())
-        )
+        return token is not None and hmac.compare_digest(given.encode(), token.encode())
 
     @app.post("/functions/v1/dlq-processor")
     async def retry_dead_letters() -> tuple[Response, int]:

@@ -15,6 +15,7 @@ from urllib.parse import unquote
 import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection, WebSocketRequest, wrap_server_stream
 
+from router.credentials import bearer_of
 from router.delivery.attached import AttachedService, BadFrame
 from router.delivery.connection import MAX_ANSWER_BYTES
 from router.domains import canonical_domain
@@ -154,8 +155,7 @@ class AttachPort:
 def _token_of(request: WebSocketRequest) -> str:
     for name, value in request.headers:
         if name.lower() == b"authorization":
-            scheme, _, token = value.decode("latin-1").partition(" ")
-            return token.strip() if scheme.lower() == "bearer" else ""
+            return bearer_of(value.decode("latin-1"))
     return ""
 
 

@@ -4,7 +4,6 @@ what became of it. Every route asks for the service's token before anything else
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ import trio
 from actors.errors import JournalRefused, JournalUnavailable
 from router.accept import JSON, Request, Respond, Response, is_correlation_id
 from router.app import Router
+from router.credentials import bearer_of, digest_of
 from router.json_text import parse
 from router.observe.logs import get_logger
 from router.sending import NotSent, SentMessage
@@ -26,7 +26,6 @@ MAX_BODY_BYTES: Final = 65_536
 _AT_ONCE = 64  # requests that are being answered; more are told to come again
 
 _KEY = re.compile(rb"[\x21-\x7e]{1,255}")
-_REFERENCE = re.compile(rb"/v1/messages/rpl_([0-9]{1,18})")
 _FIELDS = frozenset({"to", "phone_number_id", "text", "message"})
 
 _STATUSES: Final = {"no_sender": 503, "idempotency_key_reused": 422}  # of NotSent; the others are 400
@@ -100,22 +99,21 @@ class MessagesApi:
             if request.method != b"POST":
                 raise _Refusal(405, "method_not_allowed", "use POST", b"Allow: POST\r\n")
             return await self._send(service, request, request_id)
-        found = _REFERENCE.fullmatch(request.path)
-        if found is None:
+        identity = request.path.removeprefix(PATH + b"/")
+        if identity == request.path:
             raise _Refusal(404, "not_found", "there is POST /v1/messages and GET /v1/messages/ID")
         if request.method != b"GET":
             raise _Refusal(405, "method_not_allowed", "use GET", b"Allow: GET\r\n")
-        sent = await self._router.sent_message(service, f"rpl_{int(found[1])}")
+        sent = await self._router.sent_message(service, identity.decode("latin-1"))
         if sent is None:
             raise _Refusal(404, "not_found", "this service sent no such message")
         return _answer_of(200, sent, request_id)
 
     def _service_of(self, request: Request) -> str:
-        scheme, _, token = request.headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() == b"bearer":
-            service = self._credentials().get(hashlib.sha256(token.strip()).hexdigest())
-            if service is not None:
-                return service
+        token = bearer_of(request.headers.get(b"authorization", b"").decode("latin-1"))
+        service = self._credentials().get(digest_of(token)) if token else None
+        if service is not None:
+            return service
         raise _Refusal(401, "unauthorized", "show the service's token", b"WWW-Authenticate: Bearer\r\n")
 
     async def _send(self, service: str, request: Request, request_id: str) -> Response:
@@ -140,8 +138,6 @@ class MessagesApi:
 
 
 def _parsed(body: bytes) -> dict[str, Any]:
-    if len(body) > MAX_BODY_BYTES:
-        raise _Refusal(413, "too_large", f"a message has at most {MAX_BODY_BYTES} bytes")
     try:
         given = parse(body)
     except ValueError:

@@ -12,6 +12,8 @@ from typing import Any
 
 import asyncpg
 
+from .errors import TRANSIENT
+
 # For connections that fetch rows by their keys. A partition that has just grown has no statistics, and a plan
 # made of guesses would read all of it.
 BY_KEY: Mapping[str, str] = {
@@ -93,6 +95,16 @@ class Line:
                     raise
                 self._connection = connection
             yield self._connection
+
+    async def fetch(self, statement: str, *arguments: Any) -> list[Any]:
+        """Rows of one statement; after trouble with the connection another one is used."""
+        try:
+            async with self.use() as connection:
+                rows: list[Any] = await connection.fetch(statement, *arguments)
+                return rows
+        except TRANSIENT:
+            self.drop()
+            raise
 
     def drop(self) -> None:
         """Use a new connection next time: what this one did last is unknown."""

@@ -12,7 +12,7 @@ from actors.ports import Clock, Job
 from . import rows
 from .bridge import Bridge
 from .connections import OWNER, Line
-from .errors import TRANSIENT, translated
+from .errors import translated
 from .statements import statements
 
 _SQL = statements("jobs")
@@ -50,13 +50,7 @@ class PostgresJobs:
 
         async def fetch() -> list[Any]:
             with translated("jobs"):
-                try:
-                    async with used.use() as connection:
-                        found: list[Any] = await connection.fetch(_SQL[name], *arguments)
-                        return found
-                except TRANSIENT:
-                    used.drop()
-                    raise
+                return await used.fetch(_SQL[name], *arguments)
 
         return await self._bridge.run(fetch)
 

@@ -13,8 +13,8 @@ from router.json_text import parse
 
 from .bridge import Bridge
 from .connections import BY_KEY, Line
-from .errors import TRANSIENT, translated
-from .rows import text
+from .errors import translated
+from .rows import reference_of, text
 from .statements import statements
 
 _SQL = statements("outbox")
@@ -82,13 +82,7 @@ class PostgresOutbox:
 
         async def fetch() -> list[Any]:
             with translated(name):
-                try:
-                    async with used.use() as connection:
-                        rows: list[Any] = await connection.fetch(_SQL[name], *arguments)
-                        return rows
-                except TRANSIENT:
-                    used.drop()
-                    raise
+                return await used.fetch(_SQL[name], *arguments)
 
         return await self._bridge.run(fetch)
 
@@ -104,7 +98,7 @@ def _message(row: Any) -> OutboundMessage:
         phone_number_id=row["phone_number_id"],
         recipient=row["recipient"] or "",
         message=payload if isinstance(payload, dict) else {},
-        reference=f"rpl_{row['id']}",
+        reference=reference_of(row["id"]),
         correlation_id=row["correlation_id"],
         created_at=row["created_at"],
         attempts=row["attempts"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -15,6 +16,7 @@ from actors.messages import Bucket, Completion, Delivery, Incoming, Item, Sessio
 from router.channels import bodies
 from router.json_text import parse, storable
 
+_REFERENCE = "rpl_"
 _UNIX_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -162,6 +164,18 @@ def session_of(row: Any) -> Session:
         state=orjson.loads(row["state"]),
         version=row["version"],
     )
+
+
+def reference_of(identity: int) -> str:
+    """What a row of the outbox is called outside: the channel gives it back with each status."""
+    return f"{_REFERENCE}{identity}"
+
+
+def identity_of(reference: str) -> int | None:
+    """The row that is called so; None: there can be none."""
+    digits = reference.removeprefix(_REFERENCE)
+    is_one = digits != reference and re.fullmatch(r"[1-9][0-9]{0,17}", digits, re.ASCII) is not None
+    return int(digits) if is_one else None
 
 
 def text(value: str) -> str:

@@ -16,7 +16,8 @@ from router.json_text import parse
 
 from .bridge import Bridge
 from .connections import BY_KEY, Line
-from .errors import TRANSIENT, translated
+from .errors import translated
+from .rows import reference_of
 from .statements import statements
 
 _SQL = statements("statuses")
@@ -52,19 +53,13 @@ class PostgresStatuses:
     async def _fetch(self, name: str, *arguments: Any) -> list[Any]:
         async def fetch() -> list[Any]:
             with translated(f"statuses: {name}"):
-                try:
-                    async with self._line.use() as connection:
-                        rows: list[Any] = await connection.fetch(_SQL[name], *arguments)
-                        return rows
-                except TRANSIENT:
-                    self._line.drop()
-                    raise
+                return await self._line.fetch(_SQL[name], *arguments)
 
         return await self._bridge.run(fetch)
 
 
 def _news(service: str, row: Any) -> StatusNews:
-    reference = f"rpl_{row['outbox_id']}"
+    reference = reference_of(row["outbox_id"])
     about = f"{reference} {row['message_id']} {row['status']}".encode()
     status: dict[str, Any] = {
         "id": reference,

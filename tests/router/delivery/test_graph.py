@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -105,12 +105,14 @@ async def graph(*answers: bytes) -> AsyncIterator[tuple[str, list[bytes]]]:
     left = list(answers)
 
     async def serve(stream: trio.SocketStream) -> None:
+        # Who is cancelled closes with our answer unread, which is a reset here.
         async with stream:
-            while data := await stream.receive_some(65_536):
-                requests.append(bytes(data))
-                if not left:
-                    return
-                await stream.send_all(left.pop(0))
+            with suppress(trio.BrokenResourceError):
+                while data := await stream.receive_some(65_536):
+                    requests.append(bytes(data))
+                    if not left:
+                        return
+                    await stream.send_all(left.pop(0))
 
     async with trio.open_nursery() as nursery:
         listeners = await nursery.start(partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
