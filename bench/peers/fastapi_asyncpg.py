@@ -28,6 +28,16 @@ from bench.peers.webhook import (
 )
 
 
+async def read(request: Request) -> bytes:
+    """As `request.body()`, without its generator, which takes a tenth of what FastAPI takes for a request."""
+    message = await request.receive()
+    body: bytes = message["body"]
+    while message.get("more_body"):
+        message = await request.receive()
+        body += message["body"]
+    return body
+
+
 def hello_app() -> FastAPI:
     app = FastAPI(openapi_url=None)
 
@@ -43,7 +53,7 @@ def bare_app() -> FastAPI:
 
     @app.post(PATH)
     async def webhook(request: Request) -> Response:
-        await request.body()
+        await read(request)
         return Response(ANSWER, media_type="application/json")
 
     return app
@@ -66,7 +76,7 @@ def full_app(options: PeerOptions, *, tuned: bool) -> FastAPI:
 
     @app.post(PATH)
     async def webhook(request: Request) -> Response:
-        body = await request.body()
+        body = await read(request)
         if not signature_matches(secret, body, request.headers.get("x-hub-signature-256")):
             return Response(REFUSAL, status_code=401, media_type="application/json")
         for wamid in wamids(body):

@@ -211,17 +211,25 @@ def _cut_change(change: Any, path: str, paths: set[str]) -> Any:
 class Contacts:
     """The contacts of one change, by what they are known by: a body may have a thousand."""
 
-    __slots__ = ("_listed", "_positions")
+    __slots__ = ("_listed", "_only", "_positions")
 
     def __init__(self, contacts: Any) -> None:
         self._listed: list[Any] = contacts if isinstance(contacts, list) else []
+        self._only: Mapping[str, Any] | None = None
+        if len(self._listed) == 1 and isinstance(contacts[0], dict):  # nearly always
+            self._only = contacts[0]
         self._positions: dict[tuple[str, str], int] | None = None
 
     def of(self, message: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """The first contact that names this message's sender, by number or by business-scoped id."""
-        if len(self._listed) == 1:  # nearly always
-            only = self._listed[0]
-            return only if isinstance(only, dict) and _shares_a_name(message, only) else None
+        if self._only is not None:
+            name = message.get("from")
+            if name and isinstance(name, str) and name == self._only.get("wa_id"):
+                return self._only
+            name = message.get("from_user_id")
+            return (
+                self._only if name and isinstance(name, str) and name == self._only.get("user_id") else None
+            )
         if self._positions is None:
             self._positions = {}
             for position, contact in enumerate(self._listed):
@@ -238,14 +246,6 @@ class Contacts:
             if name is not None and (key, name) in self._positions
         ]
         return self._listed[min(positions)] if positions else None
-
-
-def _shares_a_name(message: Mapping[str, Any], contact: Mapping[str, Any]) -> bool:
-    name = message.get("from")
-    if name and isinstance(name, str) and name == contact.get("wa_id"):
-        return True
-    name = message.get("from_user_id")
-    return bool(name) and isinstance(name, str) and name == contact.get("user_id")
 
 
 def names_of(
@@ -272,7 +272,11 @@ def names_of(
 
 def name_in(source: Mapping[str, Any], key: str) -> str | None:
     value = source.get(key)
-    return value if value and isinstance(value, str) and is_storable(value) else None
+    if not value or not isinstance(value, str):
+        return None
+    if value.isascii() and "\0" not in value and len(value) <= MAX_ID_CHARS:  # nearly always
+        return value
+    return value if is_storable(value) else None
 
 
 def text_in(source: Mapping[str, Any], key: str) -> str | None:
@@ -282,9 +286,10 @@ def text_in(source: Mapping[str, Any], key: str) -> str | None:
 
 def is_storable(text: str) -> bool:
     """Postgres text takes neither NUL nor lone surrogates, and an index entry has a limit."""
-    return len(text) <= MAX_ID_CHARS and (
-        text.isprintable()  # neither of them is, and ids are
-        or ("\0" not in text and not any("\ud800" <= char <= "\udfff" for char in text))
+    return (
+        len(text) <= MAX_ID_CHARS
+        and "\0" not in text
+        and (text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text))
     )
 
 

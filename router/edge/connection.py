@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 import httptools
 
 from router.accept import JSON, Request, Response, error_body
+from router.edge.heads import Head
 
 if TYPE_CHECKING:
     from router.edge.http1 import Listener
 
 _READ_SIZE = 65_536
+_UNKNOWN = 3  # heads in a row that were not known, after which no more are learned
 _PIPELINED = 32  # requests of one connection that may wait for their answers
 _MAX_HEADERS = 100
 _MAX_PIECES = 1_024  # a body in small chunks would take many times its size in objects
@@ -115,6 +117,7 @@ class Connection:
         "_headers",
         "_in_body",
         "_in_message",
+        "_known",
         "_linger",
         "_out",
         "_parser",
@@ -124,6 +127,7 @@ class Connection:
         "_reserved",
         "_shared_read",
         "_sock",
+        "_unknown",
         "_url",
         "closed",
         "deadline",
@@ -141,6 +145,8 @@ class Connection:
         self._sock = sock
         self._events = select.EPOLLIN
         self._parser = httptools.HttpRequestParser(self)
+        self._known: Head | None = None  # of the request before, when it came alone
+        self._unknown = 0  # heads in a row that were another one than that
         self._out = bytearray()
         self._refusal: bytes | None = None  # waits for its turn; nothing is parsed any more
         self._linger = -1  # bytes that are still read and dropped, once refused
@@ -246,16 +252,42 @@ class Connection:
         self.deadline = _NEVER
         if self._linger >= 0 or (self.slots and self.slots[-1].last):
             return  # asked after the last one that is answered
-        path, _, query = self._url.partition(b"?")
         body = bytes(self._body[0]) if len(self._body) == 1 else b"".join(self._body)
-        method = self._parser.get_method()
         self._reserve(self._body_bytes)
-        last = self.listener.draining or not self._parser.should_keep_alive()
+        self._give(body, last=self.listener.draining or not self._parser.should_keep_alive())
+
+    def _give(self, body: bytes, *, last: bool) -> None:
+        path, _, query = self._url.partition(b"?")
+        method = self._parser.get_method()
         slot = _Slot(self, last, method == b"HEAD", self._reserved)
         self._reserved = 0
         self.slots.append(slot)
         request = Request(method, path, query, self._headers, body, self._begun)
         self.listener.give(request, slot.respond)
+
+    def _take_known(self, data: bytes) -> bool:
+        """Whether this is one request with a head that is known. Everything of it but what varies is then as
+        it was when the parser read it."""
+        known = self._known
+        if known is None or (self.slots and self.slots[-1].last):
+            return False
+        size = len(data) - known.size
+        headers = known.headers(data) if 0 <= size <= self.listener.limits.body_max_bytes else None
+        if headers is None:
+            return False
+        self._begun = time.perf_counter()
+        self._headers = headers
+        self._unknown = 0
+        self.deadline = _NEVER
+        self._reserve(size)
+        self._give(data[known.size :], last=self.listener.draining)
+        return True
+
+    def _learn(self, data: bytes) -> None:
+        """Know the head of the one request that this was, unless its sender says another one each time."""
+        self._unknown += 1
+        if self._unknown <= _UNKNOWN:
+            self._known = Head.of(data, self._headers)
 
     def _reserve(self, size: int) -> None:
         if size != self._reserved:
@@ -304,6 +336,34 @@ class Connection:
             self.close()
 
     def _feed(self, data: bytes) -> None:
+        if not self._take_known(data):
+            self._parse(data)
+        if self.closed:
+            return
+        if self._refusal is not None:
+            self._watch(0)
+            if not self.slots:
+                self._say_no()
+            else:
+                self.deadline = _NEVER
+            return
+        if self.wanted or (not self._reserved and not self.listener.has_room(0)):
+            self._paused = True
+            self._watch(0)
+            if self._in_message:
+                self.deadline = _NEVER
+            self.listener.resume_with_room(self)
+        if self._out:
+            self.deadline = self.listener.now + self.listener.limits.write_timeout_ms / 1000
+        elif self._continue and not self.slots and not self._paused:
+            self._continue = False
+            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if len(self.slots) >= _PIPELINED or (self.slots and self.slots[-1].last):
+            self._watch(0)
+
+    def _parse(self, data: bytes) -> None:
+        self._known = None  # what the parser reads now is the request before the next one
+        was_between, count = not self._in_message, len(self.slots)
         was_in_body = self._in_message and self._in_body
         body_bytes = self._body_bytes
         self._shared_read = False
@@ -326,26 +386,8 @@ class Connection:
             self._head_bytes += len(data)
             if self._head_bytes > self.listener.limits.header_max_bytes:
                 self._refuse_head()
-        if self._refusal is not None:
-            self._watch(0)
-            if not self.slots:
-                self._say_no()
-            else:
-                self.deadline = _NEVER
-            return
-        if self.wanted or (not self._reserved and not self.listener.has_room(0)):
-            self._paused = True
-            self._watch(0)
-            if self._in_message:
-                self.deadline = _NEVER
-            self.listener.resume_with_room(self)
-        if self._out:
-            self.deadline = self.listener.now + self.listener.limits.write_timeout_ms / 1000
-        elif self._continue and not self.slots and not self._paused:
-            self._continue = False
-            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if len(self.slots) >= _PIPELINED or (self.slots and self.slots[-1].last):
-            self._watch(0)
+        if was_between and not self._in_message and self._refusal is None and len(self.slots) == count + 1:
+            self._learn(data)
 
     def on_writable(self) -> None:
         if self.closed:

@@ -117,7 +117,10 @@ class EmbeddedPostgres:
         """Restart the server whenever it has died, until cancelled; a restart that fails is repeated."""
         delay = 1
         while True:
-            await trio.sleep(_WATCH_POLL)
+            if self._users_lock is None or self._pid is None:
+                await trio.sleep(_WATCH_POLL)
+                continue
+            await _ended(self._pid, self._pgdata)
             if self._users_lock is None or self._pid is None or runs(self._pid, self._pgdata):
                 continue
             self._report(f"Postgres (pid {self._pid}) died, restarting it")
@@ -268,6 +271,21 @@ class EmbeddedPostgres:
         with self._log.open("rb") as file:
             file.seek(offset)
             return file.read().decode(errors="replace")
+
+
+async def _ended(pid: int, pgdata: Path) -> None:
+    """Wait until this postmaster has ended. Where the system tells nobody, look."""
+    try:
+        process = os.pidfd_open(pid)
+    except OSError:
+        while runs(pid, pgdata):  # noqa: ASYNC110  # nobody tells
+            await trio.sleep(_WATCH_POLL)
+        return
+    try:
+        if runs(pid, pgdata):  # else the pid is another program's by now
+            await trio.lowlevel.wait_readable(process)
+    finally:
+        os.close(process)
 
 
 class _Patience:
