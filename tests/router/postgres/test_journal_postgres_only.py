@@ -59,6 +59,29 @@ async def journal(database: Database) -> AsyncIterator[PostgresJournal]:
         yield journal
 
 
+class TestRefusedByTheLedger:
+    async def test_what_was_written_before_the_refusal_is_undone(
+        self, database: Database, journal: PostgresJournal
+    ) -> None:
+        first = await appended(journal, body(message("a")))
+        flush = await database.value("SELECT flush FROM journal_writers")
+        result = await journal.append([body(message("b"), message("a", "2"), message("c"))], duplicates=4)
+        assert result == Duplicates([1], [first.first_seq])
+        assert await database.value("SELECT array_agg(seq) FROM dedup_ledger_0") == [first.first_seq]
+        assert await database.value("SELECT flush FROM journal_writers") == flush
+        assert (await appended(journal, body(message("b"), message("c")))).first_seq == first.first_seq + 1
+        await assert_conserved(database)
+
+    async def test_an_item_twice_in_one_flush_is_no_duplicate_that_can_be_cut(
+        self, database: Database, journal: PostgresJournal
+    ) -> None:
+        """The ingress cuts what one flush holds twice; nothing is stored of what forgets to."""
+        with pytest.raises(JournalRefused):
+            await journal.append([body(message("a")), body(message("a"))], duplicates=0)
+        assert await database.value("SELECT count(*) FROM wa_events") == 0
+        assert (await appended(journal, body(message("a")))).first_seq == 1
+
+
 class TestInDoubt:
     """A connection that dies during COMMIT; `cut` makes it die before or after the server has worked."""
 
