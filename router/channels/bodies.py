@@ -227,9 +227,9 @@ class Contacts:
             if name and isinstance(name, str) and name == self._only.get("wa_id"):
                 return self._only
             name = message.get("from_user_id")
-            return (
-                self._only if name and isinstance(name, str) and name == self._only.get("user_id") else None
-            )
+            if name and isinstance(name, str) and name == self._only.get("user_id"):
+                return self._only
+            return None
         if self._positions is None:
             self._positions = {}
             for position, contact in enumerate(self._listed):

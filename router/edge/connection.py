@@ -265,30 +265,6 @@ class Connection:
         request = Request(method, path, query, self._headers, body, self._begun)
         self.listener.give(request, slot.respond)
 
-    def _take_known(self, data: bytes) -> bool:
-        """Whether this is one request with a head that is known. Everything of it but what varies is then as
-        it was when the parser read it."""
-        known = self._known
-        if known is None or (self.slots and self.slots[-1].last):
-            return False
-        size = len(data) - known.size
-        headers = known.headers(data) if 0 <= size <= self.listener.limits.body_max_bytes else None
-        if headers is None:
-            return False
-        self._begun = time.perf_counter()
-        self._headers = headers
-        self._unknown = 0
-        self.deadline = _NEVER
-        self._reserve(size)
-        self._give(data[known.size :], last=self.listener.draining)
-        return True
-
-    def _learn(self, data: bytes) -> None:
-        """Know the head of the one request that this was, unless its sender says another one each time."""
-        self._unknown += 1
-        if self._unknown <= _UNKNOWN:
-            self._known = Head.of(data, self._headers)
-
     def _reserve(self, size: int) -> None:
         if size != self._reserved:
             self.listener.reserve(size - self._reserved)
@@ -388,6 +364,30 @@ class Connection:
                 self._refuse_head()
         if was_between and not self._in_message and self._refusal is None and len(self.slots) == count + 1:
             self._learn(data)
+
+    def _take_known(self, data: bytes) -> bool:
+        """Whether this is one request with a head that is known. Everything of it but what varies is then as
+        it was when the parser read it."""
+        known = self._known
+        if known is None or (self.slots and self.slots[-1].last):
+            return False
+        size = len(data) - known.size
+        headers = known.headers(data) if 0 <= size <= self.listener.limits.body_max_bytes else None
+        if headers is None:
+            return False
+        self._begun = time.perf_counter()
+        self._headers = headers
+        self._unknown = 0
+        self.deadline = _NEVER
+        self._reserve(size)
+        self._give(data[known.size :], last=self.listener.draining)
+        return True
+
+    def _learn(self, data: bytes) -> None:
+        """Know the head of the one request that this was, unless its sender says another one each time."""
+        self._unknown += 1
+        if self._unknown <= _UNKNOWN:
+            self._known = Head.of(data, self._headers)
 
     def on_writable(self) -> None:
         if self.closed:

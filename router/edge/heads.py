@@ -15,6 +15,7 @@ _VARIES = re.compile(
     re.IGNORECASE,
 )
 _LENGTH = b"content-length"
+_MAX_SIZE = 2_048  # several times what a webhook has; each connection keeps one
 
 
 class Head(NamedTuple):
@@ -32,7 +33,7 @@ class Head(NamedTuple):
         """The head at the start of `data`, of which the parser read `headers`; None when it is not of the
         kind that is worth knowing.
         """
-        size = data.find(b"\r\n\r\n") + 4
+        size = data.find(b"\r\n\r\n", 0, _MAX_SIZE) + 4
         parts, runs, fields = [], [], []
         length = None
         at = 0

@@ -96,6 +96,7 @@ def test_what_is_another_head(other: bytes) -> None:
         b"\r\n\r\n",
         changed(b"Content-Length: 5", b"Content-Length: 5 "),
         changed(b"Content-Length: 5", b"Transfer-Encoding: chunked"),
+        post(b"hello", *SIGNED, path=b"/" + b"x" * 2_048),
     ],
 )
 def test_what_is_not_worth_knowing(data: bytes) -> None:
