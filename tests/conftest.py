@@ -51,7 +51,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """The part without Postgres is shared by three processes, one more than the smallest machine has cores:
-    many of its tests wait for a deadline. Whatever kills and measures a database has the machine for itself.
+    """As many as suit two cores. Many tests of the part without Postgres wait for a deadline, so three share
+    it. Of the others, each has databases and routers of its own. Full rounds have the machine for themselves.
     """
-    return 3 if "not postgres" in config.option.markexpr else 0
+    if "acceptance" in config.option.markexpr:
+        return 0
+    return 3 if "not postgres" in config.option.markexpr else 2
