@@ -43,7 +43,13 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Full fault rounds run only where `-m` speaks of them: `-m "not postgres"` must not begin one."""
+    """Full fault rounds run only where `-m` speaks of them: `-m "not postgres"` must not begin one. Whatever
+    runs whole routers, and kills and measures them, is done by one process, one after the other.
+    """
+    alone = tuple(config.rootpath / "tests" / name for name in ("bench", "scenarios"))
+    for item in items:
+        if item.get_closest_marker("postgres") and any(item.path.is_relative_to(one) for one in alone):
+            item.add_marker(pytest.mark.xdist_group("routers"))
     if "acceptance" not in config.option.markexpr:
         left_out = [item for item in items if item.get_closest_marker("acceptance")]
         config.hook.pytest_deselected(items=left_out)
@@ -52,7 +58,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """As many as suit two cores. Many tests of the part without Postgres wait for a deadline, so three share
-    it. Of the others, each has databases and routers of its own. Full rounds have the machine for themselves.
+    it. Full rounds have the machine for themselves.
     """
     if "acceptance" in config.option.markexpr:
         return 0

@@ -112,7 +112,9 @@ async def test_every_kind_of_answer_has_its_place(home: Path) -> None:
     assert by_word["later"] == ("delivered", 2)
     assert by_word["never"] == ("dead_letter", 1)
     assert by_word["raise"][0] == by_word["nothing"][0] == "dead_letter"
-    assert [one for one in attempts if one[0] == "later"] == [("later", 1, False), ("later", 2, True)]
+    # Whether the first was redelivered too is open: what came before the router took the lease may have been.
+    assert [attempt for word, attempt, _ in attempts if word == "later"] == [1, 2]
+    assert ("later", 2, True) in attempts
     told = {row["error_message"]: row for row in letters}
     assert told["no such street"]["status"] == "failed"
     assert told["no such street"]["resolution"] == "rejected"

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from functools import partial
 from hashlib import sha256
 from typing import Any
+from unittest import mock
 
 import pytest
 import trio
@@ -22,6 +23,7 @@ from trio_websocket import ConnectionClosed, ConnectionRejected, WebSocketConnec
 
 from actors.messages import Ack, Envelope, Outcome, Reject, Reply, Retry, Session
 from actors.ports import Unreadable
+from router import client
 from router.accept import JSON, Request, Respond, Response
 from router.client import CannotAttach, serve_domain
 from router.config import LimitsConfig
@@ -359,7 +361,7 @@ async def test_a_client_goes_on_after_whatever_answers() -> None:
     async def rides(delivery: Envelope) -> Ack:
         return Ack()
 
-    with trio.fail_after(HANGS):
+    with trio.fail_after(HANGS), mock.patch.object(client, "_HANDSHAKE_SECONDS", 0.5):
         async with trio.open_nursery() as nursery:
             [listener] = await nursery.start(partial(trio.serve_tcp, answer, 0, host="127.0.0.1"))
             url = f"ws://127.0.0.1:{listener.socket.getsockname()[1]}"
