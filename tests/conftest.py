@@ -58,8 +58,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """As many as suit two cores. Many tests of the part without Postgres wait for a deadline, so three share
-    it. Full rounds have the machine for themselves.
+    it. Full rounds have the machine for themselves; in CI everything has, so that no failure is the other
+    process's.
     """
-    if "acceptance" in config.option.markexpr:
+    if "acceptance" in config.option.markexpr or os.environ.get("CI") == "true":
         return 0
     return 3 if "not postgres" in config.option.markexpr else 2
