@@ -29,7 +29,8 @@ from bench.peers.webhook import (
 
 
 async def read(request: Request) -> bytes:
-    """As `request.body()`, without its generator, which takes a tenth of what FastAPI takes for a request."""
+    """As `request.body()`, without its generator: with it, the bare handler stays below nine tenths of what
+    the framework reaches."""
     message = await request.receive()
     body: bytes = message["body"]
     while message.get("more_body"):

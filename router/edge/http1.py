@@ -29,7 +29,6 @@ Accept = Callable[[Request, Respond], Wait | None]
 """Takes a request at once, or gives back what to await until it has been taken."""
 
 _MAX_EVENTS = 512
-_POLLS = 8
 _SWEEP_SECONDS = 0.5
 
 _log = get_logger("postroom.edge")
@@ -150,16 +149,16 @@ class Listener:
             await trio.lowlevel.wait_readable(epoll)
             self.now = trio.current_time()
             # What comes while others are read is read at once: a pass of the scheduler costs as much as
-            # several requests. So many times at most, for the other tasks have to run too.
-            for _ in range(_POLLS):
-                if not self._handle(epoll.poll(0, _MAX_EVENTS), epoll) or self._waits:
-                    break
+            # several requests. So many at most, for the other tasks have to run too.
+            left = _MAX_EVENTS
+            while left and not self._waits and (events := epoll.poll(0, left)):
+                self._handle(events, epoll)
+                left -= len(events)
             # The ingress is full: nothing more is read until what was read has found room there.
             while self._waits:
                 await self._waits.popleft()()
 
-    def _handle(self, events: list[tuple[int, int]], epoll: select.epoll) -> bool:
-        """Whether there were any."""
+    def _handle(self, events: list[tuple[int, int]], epoll: select.epoll) -> None:
         for fd, event in events:
             connection = self._connections.get(fd)
             if connection is None:
@@ -173,7 +172,6 @@ class Listener:
                     connection.on_readable()
             except Exception as error:  # an edge: one connection's trouble must not be all others'
                 self._give_up(connection, error)
-        return bool(events)
 
     async def _write(self) -> None:
         """Answers go out in bursts, a whole flush's at once: one at a time, in between other work, each

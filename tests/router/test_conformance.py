@@ -178,7 +178,7 @@ async def test_a_defect_is_found_by_the_check_for_it(service: Service, check: st
 
 
 async def test_one_that_is_slow_is_told_so() -> None:
-    report = await played(Service(delay=0.08), timeout=0.15)
+    report = await played(Service(delay=0.15), timeout=0.25)
     assert "answers come in half of the time" in verdicts(report, WARN)
 
 

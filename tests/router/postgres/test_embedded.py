@@ -12,7 +12,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import trio
@@ -223,6 +225,30 @@ async def test_killed_server_comes_back_with_what_was_committed(data_dir: Path) 
             assert sql(info.dsn, "SELECT count(*) FROM kept_by_watch") == str(n + 1)
         nursery.cancel_scope.cancel()
     await postgres.stop()
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+async def test_the_end_of_a_postmaster_is_waited_for(tmp_path: Path, is_told: bool) -> None:
+    """By the system, or by looking where that has no pidfd."""
+    argv = [sys.executable, "-c", "import time; time.sleep(60)", "-D", str(tmp_path)]
+    untold = mock.patch.object(os, "pidfd_open", side_effect=OSError(38, "not implemented"))
+    with nullcontext() if is_told else untold, subprocess.Popen(argv) as process:
+        ended = trio.Event()
+
+        async def wait() -> None:
+            await embedded._ended(process.pid, tmp_path)
+            ended.set()
+
+        with trio.fail_after(20):
+            while not postmaster.runs(process.pid, tmp_path):  # until it is executed
+                await trio.sleep(0.01)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(wait)
+                await trio.sleep(3 * embedded._WATCH_POLL)
+                assert not ended.is_set()
+                process.kill()
+        assert ended.is_set()
+        await embedded._ended(process.pid, tmp_path)  # one that has ended is waited for no more
 
 
 async def test_watch_waits_for_orphans_that_hold_the_memory(data_dir: Path) -> None:
